@@ -1,0 +1,41 @@
+# One object library an instruction set, all from the same source.
+#
+# Inline functions of the same name in two such objects would be merged by the linker, and the one
+# with the wrong instructions might stay. So Eigen is renamed in each (-DEigen=Eigen_<isa>), the
+# kernels live in a namespace named after the instruction set, and link-time optimisation is off.
+# tests/check_symbols.py reads the objects and fails on any weak symbol that two of them share.
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
+  set(FASTBPTT_ISAS avx512 avx2 baseline)
+else()
+  set(FASTBPTT_ISAS baseline)
+endif()
+set(FASTBPTT_FLAGS_baseline "")
+set(FASTBPTT_FLAGS_avx2 -mavx2 -mfma)
+set(FASTBPTT_FLAGS_avx512 -mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx2 -mfma
+                          -mprefer-vector-width=512)
+
+# GCC's own AVX-512 header reads undefined registers on purpose, and GCC 12 warns of it (its bug
+# 105593).
+if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+  list(APPEND FASTBPTT_FLAGS_avx512 -Wno-maybe-uninitialized -Wno-uninitialized)
+endif()
+
+# target: an interface library that carries the objects of every ISA and their names.
+function(fastbptt_add_isa_targets target source)
+  add_library(${target} INTERFACE)
+  foreach(isa IN LISTS FASTBPTT_ISAS)
+    set(objects ${target}_${isa})
+    add_library(${objects} OBJECT ${source})
+    target_include_directories(${objects} PRIVATE cpp/include cpp/src)
+    target_compile_definitions(${objects} PRIVATE
+      FASTBPTT_ISA=${isa} Eigen=Eigen_${isa}
+      EIGEN_DONT_PARALLELIZE EIGEN_MPL2_ONLY EIGEN_NO_DEBUG)
+    target_compile_options(${objects} PRIVATE
+      ${FASTBPTT_FLAGS_${isa}} -O3 -fno-exceptions -fno-rtti -fno-math-errno -fno-trapping-math
+      -fno-lto)
+    target_link_libraries(${objects} PRIVATE fastbptt_options fastbptt_eigen)
+    set_target_properties(${objects} PROPERTIES INTERPROCEDURAL_OPTIMIZATION OFF)
+    target_sources(${target} INTERFACE $<TARGET_OBJECTS:${objects}>)
+    target_compile_definitions(${target} INTERFACE FASTBPTT_HAS_${isa})
+  endforeach()
+endfunction()

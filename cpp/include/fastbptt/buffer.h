@@ -1,0 +1,47 @@
+// Scratch memory: aligned, not initialised, freed with its owner.
+#pragma once
+#include <cstddef>
+#include <cstdlib>
+#include <new>
+
+#include "fastbptt/types.h"
+
+namespace fastbptt {
+
+// Throws std::bad_alloc when the machine plainly cannot give that much, rather than let an
+// overcommitting kernel kill the process when the pages are touched.
+void* allocate_aligned(std::size_t bytes);
+
+template <class S>
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(Index size)
+      : data_(size > 0 ? static_cast<S*>(allocate_aligned(static_cast<std::size_t>(size) *
+                                                          sizeof(S)))
+                       : nullptr),
+        size_(size) {}
+  Buffer(Buffer&& other) noexcept : data_(other.data_), size_(other.size_) {
+    other.data_ = nullptr;
+    other.size_ = 0;
+  }
+  Buffer& operator=(Buffer&& other) noexcept {
+    if (this != &other) {
+      std::free(data_);
+      data_ = other.data_;
+      size_ = other.size_;
+      other.data_ = nullptr;
+      other.size_ = 0;
+    }
+    return *this;
+  }
+  ~Buffer() { std::free(data_); }
+  S* data() const { return data_; }
+  Index size() const { return size_; }
+
+ private:
+  S* data_ = nullptr;
+  Index size_ = 0;
+};
+
+}  // namespace fastbptt

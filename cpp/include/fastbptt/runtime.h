@@ -1,0 +1,25 @@
+// The machine: instruction sets and threads.
+#pragma once
+#include <string>
+#include <vector>
+
+namespace fastbptt {
+
+struct CpuInfo {
+  std::string isa;                     // the one that runs
+  std::vector<std::string> available;  // those this CPU can run, best first
+  std::vector<std::string> built;      // those in this build, best first
+  int vector_bytes;
+};
+
+// The first call chooses: the best that the CPU can run, or the one that FASTBPTT_ISA names.
+// Throws std::invalid_argument if that one is not available.
+CpuInfo cpu_info();
+
+// Threads of one call. Defaults to FASTBPTT_NUM_THREADS, or else the CPUs of the process's
+// affinity mask. set throws std::invalid_argument below 1 or above max_threads.
+constexpr int max_threads = 1024;
+void set_num_threads(int n);
+int get_num_threads();
+
+}  // namespace fastbptt

@@ -1,0 +1,106 @@
+// What an instruction set gives: plain functions over raw pointers and strides, one table an ISA.
+// No Eigen type crosses this line, and nothing here allocates.
+#pragma once
+#include <cstdint>
+
+#include "fastbptt/types.h"
+
+namespace fastbptt {
+
+// A run of consecutive steps of one layer for some rows of the batch.
+template <class S>
+struct ForwardJob {
+  LayerShape shape;
+  Index steps;
+  Index batch;
+  Sequence<const S> x;  // [steps, batch, I]
+  Sequence<S> y;        // [steps, batch, H]
+  Sequence<S> tape;     // [steps, batch, tape_width * H]; data null: keep nothing
+  State<S> state;       // [batch, H], in and out
+  const S* packed;      // by forward_pack
+  S* scratch;           // forward_scratch elements
+};
+
+template <class S>
+struct ReverseJob {
+  LayerShape shape;
+  Index steps;
+  Index batch;
+  bool first;                // no step before these; else y and tape may be read at step -1
+  State<const S> initial;    // [batch, H], the state before step 0, read where first; null h: zeros
+  Sequence<const S> x;       // as in ForwardJob
+  Sequence<const S> y;
+  Sequence<const S> tape;
+  Sequence<const S> grad_y;  // data null: zeros
+  Sequence<S> grad_x;        // data null: not asked for
+  State<S> grad_state;       // [batch, H], in: after the last step, out: before the first
+  const S* packed;           // by reverse_pack
+  S* scratch;                // reverse_scratch elements, begun
+};
+
+// Sizes are in elements; memory belongs to the caller and is aligned to 64 bytes. Packed weights are
+// shared by all threads; scratch is one thread's, and keeps its weight gradients from job to job.
+template <class S>
+struct LayerKernels {
+  Index (*forward_packed)(const LayerShape&);
+  void (*forward_pack)(const LayerShape&, const Weights<const S>&, S* packed);
+  Index (*forward_scratch)(const LayerShape&, Index steps, Index batch);
+  void (*forward)(const ForwardJob<S>&);
+
+  Index (*reverse_packed)(const LayerShape&);
+  void (*reverse_pack)(const LayerShape&, const Weights<const S>&, S* packed);
+  Index (*reverse_scratch)(const LayerShape&, Index steps, Index batch);
+  void (*reverse_begin)(const LayerShape&, S* scratch);
+  void (*reverse)(const ReverseJob<S>&);
+  // Adds the weight gradients that the scratch has gathered since reverse_begin to `grad`.
+  void (*reverse_finish)(const LayerShape&, const S* scratch, const Weights<S>& grad);
+};
+
+// Rows of a readout. x [rows, K] with a stride, the others contiguous.
+template <class S>
+struct RowsJob {
+  Index rows;
+  Index K;
+  Index N;
+  const S* x;
+  Index x_row;
+  const S* weight;  // [N, K]
+  const S* bias;    // [N] or null
+};
+
+template <class S>
+struct RowsKernels {
+  // y [rows, N] = x W^T + b
+  void (*linear)(const RowsJob<S>&, S* y);
+  // grad_x [rows, K] = grad_y W; grad_weight += grad_y^T x; grad_bias += sum of grad_y
+  void (*linear_backward)(const RowsJob<S>&, const S* grad_y, S* grad_x, S* grad_weight,
+                          S* grad_bias);
+  // Overwrites logits [rows, N] with scale * (softmax - one-hot), rows of zeros where target is
+  // ignore; returns the sum of the cross entropies, not scaled.
+  double (*cross_entropy)(Index rows, Index N, S* logits, const std::int64_t* target,
+                          std::int64_t ignore, double scale);
+};
+
+struct KernelTable {
+  const char* name;
+  int vector_bytes;
+  LayerKernels<float> layer_f32;
+  LayerKernels<double> layer_f64;
+  RowsKernels<float> rows_f32;
+  RowsKernels<double> rows_f64;
+  template <class S>
+  const LayerKernels<S>& layer() const;
+  template <class S>
+  const RowsKernels<S>& rows() const;
+};
+
+template <>
+inline const LayerKernels<float>& KernelTable::layer<float>() const { return layer_f32; }
+template <>
+inline const LayerKernels<double>& KernelTable::layer<double>() const { return layer_f64; }
+template <>
+inline const RowsKernels<float>& KernelTable::rows<float>() const { return rows_f32; }
+template <>
+inline const RowsKernels<double>& KernelTable::rows<double>() const { return rows_f64; }
+
+}  // namespace fastbptt

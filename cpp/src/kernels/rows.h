@@ -1,0 +1,59 @@
+// Linear readout and softmax cross entropy over a block of rows.
+#pragma once
+#include <cmath>
+
+#include "cells/elementwise.h"
+#include "kernels/kernel_table.h"
+#include "kernels/layer.h"
+
+namespace fastbptt {
+namespace FASTBPTT_ISA {
+
+template <class S>
+void linear(const RowsJob<S>& job, S* y) {
+  auto out = mutable_rows(y, job.rows, job.N, job.N);
+  out.noalias() = rows(job.x, job.rows, job.K, job.x_row) *
+                  rows(job.weight, job.N, job.K, job.K).transpose();
+  if (job.bias) out.rowwise() += Row<S>(job.bias, job.N).matrix();
+}
+
+template <class S>
+void linear_backward(const RowsJob<S>& job, const S* grad_y, S* grad_x, S* grad_weight,
+                     S* grad_bias) {
+  const Rows<S> grad = rows(grad_y, job.rows, job.N, job.N);
+  mutable_rows(grad_x, job.rows, job.K, job.K).noalias() =
+      grad * rows(job.weight, job.N, job.K, job.K);
+  mutable_rows(grad_weight, job.N, job.K, job.K).noalias() +=
+      grad.transpose() * rows(job.x, job.rows, job.K, job.x_row);
+  if (grad_bias) MutableRow<S>(grad_bias, job.N) += grad.colwise().sum().array();
+}
+
+// -log softmax(l)[k] = log(sum of exp(l - m)) + m - l[k], with m the largest, so that exp is at most 1.
+template <class S>
+double cross_entropy(Index n, Index N, S* logits, const std::int64_t* target, std::int64_t ignore,
+                     double scale) {
+  double sum = 0;
+  for (Index r = 0; r < n; ++r) {
+    MutableRow<S> row(logits + r * N, N);
+    if (target[r] == ignore) {
+      row.setZero();
+      continue;
+    }
+    const S largest = row.maxCoeff();
+    const S wanted = row[target[r]];
+    row = (row - largest).exp();
+    const S total = row.sum();
+    sum += std::log(double(total)) + double(largest) - double(wanted);
+    row *= S(scale) / total;
+    row[target[r]] -= S(scale);
+  }
+  return sum;
+}
+
+template <class S>
+constexpr RowsKernels<S> rows_kernels() {
+  return {&linear<S>, &linear_backward<S>, &cross_entropy<S>};
+}
+
+}  // namespace FASTBPTT_ISA
+}  // namespace fastbptt

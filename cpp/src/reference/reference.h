@@ -1,0 +1,59 @@
+// The recurrent layers as the formulas say them: float64, explicit loops, nothing shared with the
+// kernels they judge. Only the tests see this code.
+//
+// Source of every backward pass: the error at a step is the error of its own output plus what comes
+// back from the step after it,
+//
+//   dL/dh_t = dL/dy_t + (dL/dh_t through step t+1),
+//
+// pushed through the derivative of each line of the forward pass, last line first (Werbos 1990,
+// "Backpropagation through time: what it does and how to do it"). Names, gate order and shapes are
+// those of PyTorch:
+//
+//   x, grad_x             [T, B, I]
+//   y, grad_y             [T, B, H]
+//   h0, c0, h, c, grad_*  [B, H]
+//   w_ih                  [G*H, I]    the gates stacked along the rows, G = 1, 4, 3
+//   w_hh                  [G*H, H]
+//   b_ih, b_hh            [G*H]
+//
+// all contiguous with the last axis fastest.
+#pragma once
+
+#include <cstddef>
+#include <vector>
+
+namespace fastbptt::reference {
+
+enum class Cell { rnn_tanh, rnn_relu, lstm, gru, gru_reset_before };
+
+// Gates of a cell: how many blocks of H rows its weights have.
+int gates(Cell cell);
+
+// One layer, its input and the error of its results. A null pointer stands for zeros; c0 and grad_c
+// are read by the LSTM only.
+struct Problem {
+  Cell cell;
+  std::size_t T, B, I, H;
+  const double* x;
+  const double* h0;
+  const double* c0;
+  const double* w_ih;
+  const double* w_hh;
+  const double* b_ih;
+  const double* b_hh;
+  const double* grad_y;
+  const double* grad_h;  // of the state after the last step
+  const double* grad_c;
+};
+
+// The state vectors are those after the last step; c and grad_c0 are empty but for the LSTM.
+struct Result {
+  std::vector<double> y, h, c;
+  std::vector<double> grad_x, grad_h0, grad_c0;
+  std::vector<double> grad_w_ih, grad_w_hh, grad_b_ih, grad_b_hh;
+};
+
+Result run(const Problem& problem);
+
+}  // namespace fastbptt::reference

@@ -1,0 +1,78 @@
+"""The C++ core. Every argument is checked there, under the name it has in the public API."""
+
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array: TypeAlias = NDArray[Any]
+State: TypeAlias = Array | tuple[Array, Array]
+
+def cpu_info() -> dict[str, Any]: ...
+def set_num_threads(n: int) -> None: ...
+def get_num_threads() -> int: ...
+
+class Tape:
+    """What one `Stack.record` kept; `Stack.reverse` consumes it."""
+
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def consumed(self) -> bool: ...
+
+class Stack:
+    """The recurrent layers of one module, over parameter arrays that belong to the caller.
+
+    `weights` holds for each layer `weight_ih`, `weight_hh`, `bias_ih`, `bias_hh` (`None` twice
+    without bias), C-contiguous and of `dtype`; they are kept by reference.
+    """
+
+    def __init__(
+        self,
+        cell: str,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int,
+        batch_first: bool,
+        dtype: str,
+        weights: list[Array | None],
+    ) -> None: ...
+    def advance(self, x: Array, state: State | None) -> tuple[Array, State]: ...
+    def record(self, x: Array, state: State | None) -> tuple[Array, State, Tape]: ...
+    def reverse(
+        self,
+        tape: Tape,
+        grad_y: Array | None,
+        grad_state: State | None,
+        need_x: bool,
+    ) -> tuple[Array | None, State, list[Array | None]]: ...
+
+def linear(x: Array, weight: Array, bias: Array | None) -> Array:
+    """`x @ weight.T + bias` over the last axis; x has two or three axes."""
+
+def linear_backward(
+    x: Array, weight: Array, grad_y: Array, grad_weight: Array, grad_bias: Array | None
+) -> Array:
+    """The gradient with respect to x; adds to `grad_weight` and `grad_bias`."""
+
+def embedding_backward(index: NDArray[np.int64], grad: Array, grad_weight: Array) -> None:
+    """Adds the rows of `grad` `[A, B, E]` to the rows of `grad_weight` that `index` `[A, B]` names."""
+
+def readout_loss(
+    loss: str,
+    y: Array,
+    weight: Array | None,
+    bias: Array | None,
+    target: Array,
+    scale: float,
+    ignore_index: int,
+    grad_weight: Array | None,
+    grad_bias: Array | None,
+    need_grad: bool,
+) -> tuple[float, Array | None]:
+    """Linear readout and loss in one pass over blocks of rows, so that no array of all logits exists.
+
+    `loss` is `"cross_entropy"` (`target` int64 `[A, B]`) or `"mse"` (`target` `[A, B, V]`). Returns
+    `scale` times the sum over the targets that count, and its gradient with respect to `y`
+    `[A, B, H]`; adds to `grad_weight` and `grad_bias`. Without `weight`, y is the prediction.
+    """
