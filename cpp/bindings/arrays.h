@@ -30,13 +30,16 @@ inline std::vector<Index> shape_of(const py::array& array) {
 
 template <class S>
 constexpr const char* dtype_name() {
-  if constexpr (std::is_same_v<S, float>) return "float32";
-  else if constexpr (std::is_same_v<S, double>) return "float64";
-  else return "int64";
+  if constexpr (std::is_same_v<S, float>)
+    return "float32";
+  else if constexpr (std::is_same_v<S, double>)
+    return "float64";
+  else
+    return "int64";
 }
 
-// The array behind `object`, of dtype S and this shape (-1: any length). Nothing is converted: another
-// dtype is the caller's mistake, and a silent copy would hide it.
+// The array behind `object`, of dtype S and this shape (-1: any length). Nothing is converted:
+// another dtype is the caller's mistake, and a silent copy would hide it.
 template <class S>
 py::array checked(const char* name, const py::handle& object, std::initializer_list<Index> shape) {
   if (!py::isinstance<py::array>(object)) {
@@ -46,8 +49,8 @@ py::array checked(const char* name, const py::handle& object, std::initializer_l
   }
   py::array array = py::reinterpret_borrow<py::array>(object);
   if (!py::isinstance<py::array_t<S>>(object)) {
-    throw py::type_error(std::string(name) + ": got dtype " + text_of(array.dtype()) +
-                         ", wanted " + dtype_name<S>());
+    throw py::type_error(std::string(name) + ": got dtype " + text_of(array.dtype()) + ", wanted " +
+                         dtype_name<S>());
   }
   bool fits = array.ndim() == static_cast<Index>(shape.size());
   Index axis = 0;
@@ -66,7 +69,9 @@ inline bool is_aligned(const py::array& array) {
 }
 
 inline py::array contiguous_copy(const py::array& array) {
-  return py::module_::import("numpy").attr("array")(array, py::arg("order") = "C").cast<py::array>();
+  return py::module_::import("numpy")
+      .attr("array")(array, py::arg("order") = "C")
+      .cast<py::array>();
 }
 
 // C-contiguous and aligned; the array itself where it is so already.

@@ -45,8 +45,9 @@ struct Parameters {
   }
   Linear<S> layer(const py::array& x) const {
     const Index K = weight.shape(1);
-    return {K ? x.size() / K : 0, K, weight.shape(0), data<S>(x), data<S>(weight),
-            has_bias ? data<S>(bias) : nullptr};
+    return {K ? x.size() / K : 0, K,
+            weight.shape(0),      data<S>(x),
+            data<S>(weight),      has_bias ? data<S>(bias) : nullptr};
   }
   py::array weight;
   py::array bias;
@@ -107,7 +108,11 @@ py::tuple bind_readout_loss_of(Loss loss, const py::array& y, Optional weight, O
   if (!bias.is_none()) b = contiguous(checked<S>("bias", bias, {N}));
   const py::array rows = contiguous(checked<S>("y", y, {-1, -1, K}));
   const Index A = rows.shape(0), B = rows.shape(1);
-  job.readout = {A * B, K, N, data<S>(rows), weight.is_none() ? nullptr : data<S>(w),
+  job.readout = {A * B,
+                 K,
+                 N,
+                 data<S>(rows),
+                 weight.is_none() ? nullptr : data<S>(w),
                  bias.is_none() ? nullptr : data<S>(b)};
   job.loss = loss;
   py::array wanted;
@@ -167,7 +172,8 @@ void bind_embedding_backward(const py::array& index, const py::array& grad,
     const py::array to = checked<S>("grad_weight", grad_weight, {-1, -1});
     const Index V = to.shape(0), E = to.shape(1);
     const py::array which = contiguous(checked<std::int64_t>("index", index, {-1, -1}));
-    const py::array rows = contiguous(checked<S>("grad", grad, {index.shape(0), index.shape(1), E}));
+    const py::array rows =
+        contiguous(checked<S>("grad", grad, {index.shape(0), index.shape(1), E}));
     const std::int64_t* indices = data<std::int64_t>(which);
     for (Index i = 0; i < which.size(); ++i) {
       if (indices[i] < 0 || indices[i] >= V) {

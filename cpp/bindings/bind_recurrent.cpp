@@ -90,8 +90,10 @@ class Stack {
       throw py::value_error("weights: got " + std::to_string(weights.size()) + " arrays, wanted " +
                             std::to_string(4 * num_layers));
     }
-    if (is_double_) keep<double>(weights);
-    else keep<float>(weights);
+    if (is_double_)
+      keep<double>(weights);
+    else
+      keep<float>(weights);
   }
 
   py::tuple advance(const py::object& x, const py::object& state) const {
@@ -128,9 +130,7 @@ class Stack {
   template <class S>
   std::vector<Weights<const S>> weights() const {
     std::vector<Weights<const S>> layers(shape_.num_layers);
-    const auto pointer = [this](Index i) {
-      return weights_[i] ? data<S>(*weights_[i]) : nullptr;
-    };
+    const auto pointer = [this](Index i) { return weights_[i] ? data<S>(*weights_[i]) : nullptr; };
     for (Index l = 0; l < shape_.num_layers; ++l) {
       layers[l] = {pointer(4 * l), pointer(4 * l + 1), pointer(4 * l + 2), pointer(4 * l + 3)};
     }
@@ -149,10 +149,9 @@ class Stack {
       const bool pair = (py::isinstance<py::tuple>(state) || py::isinstance<py::list>(state)) &&
                         py::len(state) == 2;
       if (!pair) {
-        throw py::type_error(std::string(name) + ": got " +
-                             text_of(py::type::of(state).attr("__name__")) +
-                             ", wanted a tuple (h, c) of two arrays of shape " +
-                             shape_text({L, B, H}));
+        throw py::type_error(
+            std::string(name) + ": got " + text_of(py::type::of(state).attr("__name__")) +
+            ", wanted a tuple (h, c) of two arrays of shape " + shape_text({L, B, H}));
       }
       const auto items = py::reinterpret_borrow<py::sequence>(state);
       result.h = part((std::string(name) + "[0]").c_str(), py::object(items[0]));
@@ -227,9 +226,8 @@ class Stack {
     Call<S> call = prepare<S>(x, state);
     auto tape = std::make_unique<TapeOf<S>>();
     tape->steps = Buffer<S>(tape_size(shape_, call.run.T, call.run.B));
-    without_gil([&](Interrupt interrupt) {
-      fastbptt::record(call.run, tape->steps.data(), interrupt);
-    });
+    without_gil(
+        [&](Interrupt interrupt) { fastbptt::record(call.run, tape->steps.data(), interrupt); });
     tape->stack = id_;
     tape->T = call.run.T;
     tape->B = call.run.B;
@@ -246,7 +244,8 @@ class Stack {
                        bool need_x) const {
     TapeData& any = handle.get();
     if (any.stack != id_) {
-      throw py::value_error("tape: got a tape of another layer, wanted one that this layer recorded");
+      throw py::value_error(
+          "tape: got a tape of another layer, wanted one that this layer recorded");
     }
     auto& tape = static_cast<TapeOf<S>&>(any);
     const Index T = tape.T, B = tape.B, L = shape_.num_layers;
@@ -293,7 +292,12 @@ class Stack {
     try {
       const std::vector<Weights<const S>> now = weights<S>();
       // reverse writes neither y nor the final state of the run.
-      const Forward<S> run{shape_, now.data(), T, B, tape.x.view(), tape.initial.view,
+      const Forward<S> run{shape_,
+                           now.data(),
+                           T,
+                           B,
+                           tape.x.view(),
+                           tape.initial.view,
                            {const_cast<S*>(tape.y_view.data), tape.y_view.step, tape.y_view.row},
                            {}};
       const Reverse<S> grad{tape.steps.data(), dy.view(), final.view, dx, initial, to.data()};

@@ -17,9 +17,9 @@ class Buffer {
  public:
   Buffer() = default;
   explicit Buffer(Index size)
-      : data_(size > 0 ? static_cast<S*>(allocate_aligned(static_cast<std::size_t>(size) *
-                                                          sizeof(S)))
-                       : nullptr),
+      : data_(size > 0
+                  ? static_cast<S*>(allocate_aligned(static_cast<std::size_t>(size) * sizeof(S)))
+                  : nullptr),
         size_(size) {}
   Buffer(Buffer&& other) noexcept : data_(other.data_), size_(other.size_) {
     other.data_ = nullptr;

@@ -14,7 +14,8 @@ struct StackShape {
   LayerShape layer(Index l) const { return {cell, l == 0 ? input_size : hidden_size, hidden_size}; }
 };
 
-// Asked now and then by the calling thread during a long call; true stops the work with Interrupted.
+// Asked now and then by the calling thread during a long call; true stops the work with
+// Interrupted.
 struct Interrupt {
   bool (*poll)(void*) = nullptr;
   void* data = nullptr;
@@ -24,7 +25,8 @@ struct Interrupted : std::exception {
   const char* what() const noexcept override { return "interrupted"; }
 };
 
-// Elements that the tape of one record takes: the layers' own tapes, and y of all layers but the last.
+// Elements that the tape of one record takes: the layers' own tapes, and y of all layers but the
+// last.
 Index tape_size(const StackShape& shape, Index T, Index B);
 
 // One run of a stack over T >= 0 steps of B >= 1 rows.
@@ -51,7 +53,8 @@ void advance(const Forward<S>& run, Interrupt interrupt = {});
 template <class S>
 void record(const Forward<S>& run, S* tape, Interrupt interrupt = {});
 
-// The gradient, back through the steps of `run`, whose x, y, weights and tape are as record left them.
+// The gradient, back through the steps of `run`, whose x, y, weights and tape are as record left
+// them.
 //   grad_y      [T, B, H], data null: zeros
 //   grad_final  [L, B, H], null: zeros
 //   grad_x      [T, B, I], data null: not computed

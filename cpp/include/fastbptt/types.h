@@ -1,4 +1,5 @@
-// Plain types of the public C++ API. Sizes: T steps, B batch rows, I input, H hidden, G gates, L layers.
+// Plain types of the public C++ API. Sizes: T steps, B batch rows, I input, H hidden, G gates, L
+// layers.
 #pragma once
 #include <cstddef>
 
@@ -11,20 +12,27 @@ enum class Cell { rnn_tanh, rnn_relu, lstm, gru, gru_reset_before };
 // Rows of blocks of H in the weights, in PyTorch's order: h; i,f,g,o; r,z,n.
 constexpr Index gates(Cell cell) {
   switch (cell) {
-    case Cell::lstm: return 4;
+    case Cell::lstm:
+      return 4;
     case Cell::gru:
-    case Cell::gru_reset_before: return 3;
-    default: return 1;
+    case Cell::gru_reset_before:
+      return 3;
+    default:
+      return 1;
   }
 }
 
 // Values that a tape keeps a step, batch row and hidden unit, beside y.
 constexpr Index tape_width(Cell cell) {
   switch (cell) {
-    case Cell::lstm: return 5;              // i, f, g, o, c
-    case Cell::gru: return 4;               // r, z, n, u_n
-    case Cell::gru_reset_before: return 3;  // r, z, n
-    default: return 0;                      // y is enough
+    case Cell::lstm:
+      return 5;  // i, f, g, o, c
+    case Cell::gru:
+      return 4;  // r, z, n, u_n
+    case Cell::gru_reset_before:
+      return 3;  // r, z, n
+    default:
+      return 0;  // y is enough
   }
 }
 
@@ -36,7 +44,8 @@ struct LayerShape {
   Index hidden_size;
 };
 
-// A sequence [T, B, F] whose last axis is contiguous: element (t, b, f) is data[t*step + b*row + f].
+// A sequence [T, B, F] whose last axis is contiguous: element (t, b, f) is data[t*step + b*row +
+// f].
 template <class S>
 struct Sequence {
   S* data = nullptr;

@@ -4,8 +4,8 @@
 //   reset after (PyTorch, cuDNN):  n = tanh(a_n + r u_n);                tape r, z, n, u_n
 //   reset before (the paper):      n = tanh(a_n + W_hn (r h') + b_hn);   tape r, z, n
 //
-// The second needs r before its recurrent product is complete, so a step has two phases: gates, then
-// candidate; and its reverse the same two in the other order.
+// The second needs r before its recurrent product is complete, so a step has two phases: gates,
+// then candidate; and its reverse the same two in the other order.
 #pragma once
 #include "cells/elementwise.h"
 
@@ -59,8 +59,7 @@ struct GruResetBeforeCell {
     MutableRow<S>(rh, H) = Row<S>(kept, H) * Row<S>(h_before, H);
   }
   // a, u: the last H of [3H], u from rh -> h
-  static void forward_candidate(Index H, const S* a, const S* u, const S* h_before, S* kept,
-                                S* h) {
+  static void forward_candidate(Index H, const S* a, const S* u, const S* h_before, S* kept, S* h) {
     const Row<S> z(kept + H, H);
     MutableRow<S> n(kept + 2 * H, H);
     n = (Row<S>(a + 2 * H, H) + Row<S>(u + 2 * H, H)).tanh();

@@ -20,16 +20,20 @@ struct RnnCell {
   static void forward(Index H, const S* a, const S* u, const S*, S* h, S*, S*) {
     const Row<S> sum_a(a, H), sum_u(u, H);
     MutableRow<S> out(h, H);
-    if constexpr (Relu) out = (sum_a + sum_u).cwiseMax(S(0));
-    else out = (sum_a + sum_u).tanh();
+    if constexpr (Relu)
+      out = (sum_a + sum_u).cwiseMax(S(0));
+    else
+      out = (sum_a + sum_u).tanh();
   }
 
   // gh: dL/dh, in; dL/dh' apart from what comes through W_hh, out (nothing). da: dL/da = dL/du.
   static void backward(Index H, const S*, const S*, const S*, const S* h, S* gh, S*, S* da, S*) {
     const Row<S> value(h, H);
     MutableRow<S> grad(gh, H), out(da, H);
-    if constexpr (Relu) out = (value > S(0)).select(grad, S(0));
-    else out = grad * (S(1) - value * value);
+    if constexpr (Relu)
+      out = (value > S(0)).select(grad, S(0));
+    else
+      out = grad * (S(1) - value * value);
     grad.setZero();
   }
 };

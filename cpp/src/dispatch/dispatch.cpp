@@ -8,9 +8,15 @@
 namespace fastbptt {
 
 // One a set of kernel objects; IsaTargets.cmake says which are in the build.
-namespace avx512 { extern const KernelTable table; }
-namespace avx2 { extern const KernelTable table; }
-namespace baseline { extern const KernelTable table; }
+namespace avx512 {
+extern const KernelTable table;
+}
+namespace avx2 {
+extern const KernelTable table;
+}
+namespace baseline {
+extern const KernelTable table;
+}
 
 namespace {
 

@@ -26,9 +26,9 @@ struct ReverseJob {
   LayerShape shape;
   Index steps;
   Index batch;
-  bool first;                // no step before these; else y and tape may be read at step -1
-  State<const S> initial;    // [batch, H], the state before step 0, read where first; null h: zeros
-  Sequence<const S> x;       // as in ForwardJob
+  bool first;              // no step before these; else y and tape may be read at step -1
+  State<const S> initial;  // [batch, H], the state before step 0, read where first; null h: zeros
+  Sequence<const S> x;     // as in ForwardJob
   Sequence<const S> y;
   Sequence<const S> tape;
   Sequence<const S> grad_y;  // data null: zeros
@@ -38,8 +38,9 @@ struct ReverseJob {
   S* scratch;                // reverse_scratch elements, begun
 };
 
-// Sizes are in elements; memory belongs to the caller and is aligned to 64 bytes. Packed weights are
-// shared by all threads; scratch is one thread's, and keeps its weight gradients from job to job.
+// Sizes are in elements; memory belongs to the caller and is aligned to 64 bytes. Packed weights
+// are shared by all threads; scratch is one thread's, and keeps its weight gradients from job to
+// job.
 template <class S>
 struct LayerKernels {
   Index (*forward_packed)(const LayerShape&);
@@ -95,12 +96,20 @@ struct KernelTable {
 };
 
 template <>
-inline const LayerKernels<float>& KernelTable::layer<float>() const { return layer_f32; }
+inline const LayerKernels<float>& KernelTable::layer<float>() const {
+  return layer_f32;
+}
 template <>
-inline const LayerKernels<double>& KernelTable::layer<double>() const { return layer_f64; }
+inline const LayerKernels<double>& KernelTable::layer<double>() const {
+  return layer_f64;
+}
 template <>
-inline const RowsKernels<float>& KernelTable::rows<float>() const { return rows_f32; }
+inline const RowsKernels<float>& KernelTable::rows<float>() const {
+  return rows_f32;
+}
 template <>
-inline const RowsKernels<double>& KernelTable::rows<double>() const { return rows_f64; }
+inline const RowsKernels<double>& KernelTable::rows<double>() const {
+  return rows_f64;
+}
 
 }  // namespace fastbptt

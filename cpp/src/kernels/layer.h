@@ -1,5 +1,5 @@
-// One layer through a run of steps, on Eigen's products: the input product of all the steps at once,
-// then, step after step, the recurrent product and the cell.
+// One layer through a run of steps, on Eigen's products: the input product of all the steps at
+// once, then, step after step, the recurrent product and the cell.
 #pragma once
 #include "cells/gru.h"
 #include "cells/lstm.h"
@@ -41,8 +41,10 @@ struct Packed {
   static void pack(const LayerShape& s, const Weights<const S>& w, S* packed) {
     const Index GH = gates(s.cell) * s.hidden_size;
     const auto put = [&](const S* from, Index n) {
-      if (from) for (Index i = 0; i < n; ++i) packed[i] = from[i];
-      else for (Index i = 0; i < n; ++i) packed[i] = S(0);
+      if (from)
+        for (Index i = 0; i < n; ++i) packed[i] = from[i];
+      else
+        for (Index i = 0; i < n; ++i) packed[i] = S(0);
       packed += n;
     };
     put(w.w_ih, GH * s.input_size);
@@ -63,8 +65,10 @@ struct Packed {
 
 template <class S>
 void set_row(S* to, const S* from, Index n) {
-  if (from) for (Index i = 0; i < n; ++i) to[i] = from[i];
-  else for (Index i = 0; i < n; ++i) to[i] = S(0);
+  if (from)
+    for (Index i = 0; i < n; ++i) to[i] = from[i];
+  else
+    for (Index i = 0; i < n; ++i) to[i] = S(0);
 }
 
 // Scratch: a [steps, B, GH], u [B, GH], rh [B, H], kept [B, tape_width * H] where there is no tape.
@@ -109,8 +113,8 @@ struct ForwardLayer {
         }
         multiply(rows<S>(rh, B, H, H), 2 * H, H);
         for (Index b = 0; b < B; ++b) {
-          Cell::forward_candidate(H, a_t + b * G * H, u + b * G * H, before.at(0, b),
-                                  tape.at(t, b), job.y.at(t, b));
+          Cell::forward_candidate(H, a_t + b * G * H, u + b * G * H, before.at(0, b), tape.at(t, b),
+                                  job.y.at(t, b));
         }
       } else {
         multiply(h, 0, G * H);
@@ -126,7 +130,8 @@ struct ForwardLayer {
 };
 
 // Scratch: the weight gradients, as Packed lays the weights out, which live from job to job; then
-// da and du [steps, B, GH] (one and the same but for the GRU), dh [B, H], rh [steps, B, H], zeros [H].
+// da and du [steps, B, GH] (one and the same but for the GRU), dh [B, H], rh [steps, B, H], zeros
+// [H].
 template <class S, class Cell>
 struct ReverseLayer {
   static constexpr Index G = Cell::gates;
@@ -227,7 +232,8 @@ struct ReverseLayer {
   static void finish(const LayerShape& s, const S* scratch, const Weights<S>& grad) {
     const Index GH = G * s.hidden_size;
     const auto add = [&](S* to, Index n) {
-      if (to) for (Index i = 0; i < n; ++i) to[i] += scratch[i];
+      if (to)
+        for (Index i = 0; i < n; ++i) to[i] += scratch[i];
       scratch += n;
     };
     add(grad.w_ih, GH * s.input_size);
@@ -241,11 +247,16 @@ struct ReverseLayer {
 template <class S, class F>
 auto with_cell(Cell cell, F&& body) {
   switch (cell) {
-    case Cell::rnn_relu: return body(RnnCell<S, true>{});
-    case Cell::lstm: return body(LstmCell<S>{});
-    case Cell::gru: return body(GruCell<S>{});
-    case Cell::gru_reset_before: return body(GruResetBeforeCell<S>{});
-    default: return body(RnnCell<S, false>{});
+    case Cell::rnn_relu:
+      return body(RnnCell<S, true>{});
+    case Cell::lstm:
+      return body(LstmCell<S>{});
+    case Cell::gru:
+      return body(GruCell<S>{});
+    case Cell::gru_reset_before:
+      return body(GruResetBeforeCell<S>{});
+    default:
+      return body(RnnCell<S, false>{});
   }
 }
 
@@ -260,8 +271,7 @@ constexpr LayerKernels<S> layer_kernels() {
         });
       },
       [](const ForwardJob<S>& job) {
-        with_cell<S>(job.shape.cell,
-                     [&](auto cell) { ForwardLayer<S, decltype(cell)>::run(job); });
+        with_cell<S>(job.shape.cell, [&](auto cell) { ForwardLayer<S, decltype(cell)>::run(job); });
       },
       &Packed<S>::size,
       &Packed<S>::pack,
@@ -271,11 +281,11 @@ constexpr LayerKernels<S> layer_kernels() {
         });
       },
       [](const LayerShape& s, S* scratch) {
-        with_cell<S>(s.cell, [&](auto cell) { ReverseLayer<S, decltype(cell)>::begin(s, scratch); });
+        with_cell<S>(s.cell,
+                     [&](auto cell) { ReverseLayer<S, decltype(cell)>::begin(s, scratch); });
       },
       [](const ReverseJob<S>& job) {
-        with_cell<S>(job.shape.cell,
-                     [&](auto cell) { ReverseLayer<S, decltype(cell)>::run(job); });
+        with_cell<S>(job.shape.cell, [&](auto cell) { ReverseLayer<S, decltype(cell)>::run(job); });
       },
       [](const LayerShape& s, const S* scratch, const Weights<S>& grad) {
         with_cell<S>(s.cell,

@@ -12,8 +12,8 @@ namespace FASTBPTT_ISA {
 template <class S>
 void linear(const RowsJob<S>& job, S* y) {
   auto out = mutable_rows(y, job.rows, job.N, job.N);
-  out.noalias() = rows(job.x, job.rows, job.K, job.x_row) *
-                  rows(job.weight, job.N, job.K, job.K).transpose();
+  out.noalias() =
+      rows(job.x, job.rows, job.K, job.x_row) * rows(job.weight, job.N, job.K, job.K).transpose();
   if (job.bias) out.rowwise() += Row<S>(job.bias, job.N).matrix();
 }
 
@@ -28,7 +28,8 @@ void linear_backward(const RowsJob<S>& job, const S* grad_y, S* grad_x, S* grad_
   if (grad_bias) MutableRow<S>(grad_bias, job.N) += grad.colwise().sum().array();
 }
 
-// -log softmax(l)[k] = log(sum of exp(l - m)) + m - l[k], with m the largest, so that exp is at most 1.
+// -log softmax(l)[k] = log(sum of exp(l - m)) + m - l[k], with m the largest, so that exp is at
+// most 1.
 template <class S>
 double cross_entropy(Index n, Index N, S* logits, const std::int64_t* target, std::int64_t ignore,
                      double scale) {

@@ -5,8 +5,8 @@
 #include <vector>
 
 #include "dispatch/dispatch.h"
-#include "fastbptt/runtime.h"
 #include "fastbptt/buffer.h"
+#include "fastbptt/runtime.h"
 #include "schedules/stop_flag.h"
 #include "threads/pool.h"
 
@@ -141,12 +141,14 @@ double readout_loss(const ReadoutLoss<S>& job, Interrupt interrupt) {
   for_blocks(split, stop, [&](int p, Index row, Index n) {
     S* prediction = predictions.data() + p * part_size;
     const RowsJob<S> rows = rows_of(readout, row, n);
-    if (readout.weight) kernel.linear(rows, prediction);
-    else std::copy(rows.x, rows.x + n * K, prediction);
-    sums[p] += job.loss == Loss::cross_entropy
-                   ? kernel.cross_entropy(n, N, prediction, job.classes + row, job.ignore_index,
-                                          job.scale)
-                   : squared_error(n * N, prediction, job.values + row * N, job.scale);
+    if (readout.weight)
+      kernel.linear(rows, prediction);
+    else
+      std::copy(rows.x, rows.x + n * K, prediction);
+    sums[p] +=
+        job.loss == Loss::cross_entropy
+            ? kernel.cross_entropy(n, N, prediction, job.classes + row, job.ignore_index, job.scale)
+            : squared_error(n * N, prediction, job.values + row * N, job.scale);
     if (!job.grad_x) return;
     S* grad_x = job.grad_x + row * K;
     if (readout.weight) {
@@ -170,10 +172,10 @@ void embedding_backward(Index rows, Index E, const std::int64_t* index, const S*
   }
 }
 
-#define FASTBPTT_INSTANTIATE(S)                                                              \
-  template void linear<S>(const Linear<S>&, S*, Interrupt);                                  \
-  template void linear_backward<S>(const Linear<S>&, const S*, S*, S*, S*, Interrupt);       \
-  template double readout_loss<S>(const ReadoutLoss<S>&, Interrupt);                         \
+#define FASTBPTT_INSTANTIATE(S)                                                        \
+  template void linear<S>(const Linear<S>&, S*, Interrupt);                            \
+  template void linear_backward<S>(const Linear<S>&, const S*, S*, S*, S*, Interrupt); \
+  template double readout_loss<S>(const ReadoutLoss<S>&, Interrupt);                   \
   template void embedding_backward<S>(Index, Index, const std::int64_t*, const S*, S*);
 FASTBPTT_INSTANTIATE(float)
 FASTBPTT_INSTANTIATE(double)

@@ -1,4 +1,5 @@
-// How a long call is interrupted: the calling thread asks the caller's poll, all threads see the flag.
+// How a long call is interrupted: the calling thread asks the caller's poll, all threads see the
+// flag.
 #pragma once
 #include <atomic>
 #include <thread>

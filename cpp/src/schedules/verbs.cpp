@@ -7,9 +7,9 @@
 #include <vector>
 
 #include "dispatch/dispatch.h"
+#include "fastbptt/buffer.h"
 #include "fastbptt/recurrent.h"
 #include "fastbptt/runtime.h"
-#include "fastbptt/buffer.h"
 #include "schedules/stop_flag.h"
 #include "threads/pool.h"
 
@@ -35,7 +35,8 @@ Split split_batch(const StackShape& s, Index T, Index B) {
   const double layer_flops = 2.0 * gates(s.cell) * s.hidden_size * (s.input_size + s.hidden_size);
   const double flops = layer_flops * s.num_layers * T * B;
   const double worth = std::max(1.0, flops / flops_a_thread);
-  const double most = std::min({worth, static_cast<double>(B), static_cast<double>(get_num_threads())});
+  const double most =
+      std::min({worth, static_cast<double>(B), static_cast<double>(get_num_threads())});
   return {B, static_cast<int>(most)};
 }
 
@@ -72,8 +73,10 @@ template <class S>
 void copy_state(const StackShape& s, Index B, State<const S> from, State<S> to) {
   const Index n = s.num_layers * B * s.hidden_size;
   const auto copy = [n](const S* source, S* target) {
-    if (source) std::copy(source, source + n, target);
-    else std::fill(target, target + n, S(0));
+    if (source)
+      std::copy(source, source + n, target);
+    else
+      std::fill(target, target + n, S(0));
   };
   copy(from.h, to.h);
   if (has_cell_state(s.cell)) copy(from.c, to.c);
@@ -114,8 +117,8 @@ void forward(const Forward<S>& run, S* tape, Interrupt interrupt) {
   Index most_scratch = 0;
   for (Index l = 0; l < L; ++l) {
     packed[l] = arena.reserve(kernel.forward_packed(s.layer(l)));
-    most_scratch = std::max(most_scratch,
-                            kernel.forward_scratch(s.layer(l), steps, split.most_rows()));
+    most_scratch =
+        std::max(most_scratch, kernel.forward_scratch(s.layer(l), steps, split.most_rows()));
   }
   const Index y_size = steps * split.most_rows() * H;
   for (int p = 0; p < split.parts; ++p) {
@@ -136,13 +139,15 @@ void forward(const Forward<S>& run, S* tape, Interrupt interrupt) {
       Sequence<const S> x = run.x.from(t, b);
       for (Index l = 0; l < L; ++l) {
         Sequence<S> y;
-        if (l == L - 1) y = run.y.from(t, b);
-        else if (tape) y = layout.y(tape, l).from(t, b);
-        else y = {arena.at(middle[p]) + (l % 2) * y_size, rows * H, H};
-        kernel.forward({s.layer(l), n, rows, x, y,
-                        tape ? layout.layer(tape, l).from(t, b) : Sequence<S>{},
-                        layer_state(run.final, l, B, H, b), arena.at(packed[l]),
-                        arena.at(scratch[p])});
+        if (l == L - 1)
+          y = run.y.from(t, b);
+        else if (tape)
+          y = layout.y(tape, l).from(t, b);
+        else
+          y = {arena.at(middle[p]) + (l % 2) * y_size, rows * H, H};
+        kernel.forward(
+            {s.layer(l), n, rows, x, y, tape ? layout.layer(tape, l).from(t, b) : Sequence<S>{},
+             layer_state(run.final, l, B, H, b), arena.at(packed[l]), arena.at(scratch[p])});
         x = {y.data, y.step, y.row};
       }
     }
@@ -236,9 +241,9 @@ void reverse(const Forward<S>& run, const Reverse<S>& grad, Interrupt interrupt)
   }
 }
 
-#define FASTBPTT_INSTANTIATE(S)                                        \
-  template void advance<S>(const Forward<S>&, Interrupt);              \
-  template void record<S>(const Forward<S>&, S*, Interrupt);           \
+#define FASTBPTT_INSTANTIATE(S)                              \
+  template void advance<S>(const Forward<S>&, Interrupt);    \
+  template void record<S>(const Forward<S>&, S*, Interrupt); \
   template void reverse<S>(const Forward<S>&, const Reverse<S>&, Interrupt);
 FASTBPTT_INSTANTIATE(float)
 FASTBPTT_INSTANTIATE(double)

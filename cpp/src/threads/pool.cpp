@@ -50,8 +50,7 @@ class Pool {
   int post(Region& region) {
     const int wanted = region.parts - 1;
     std::lock_guard<std::mutex> lock(mutex_);
-    while (idle_ - static_cast<int>(offers_.size()) < wanted &&
-           workers_ < max_threads - 1) {
+    while (idle_ - static_cast<int>(offers_.size()) < wanted && workers_ < max_threads - 1) {
       try {
         std::thread([this] { serve(); }).detach();
       } catch (const std::system_error&) {
@@ -60,8 +59,7 @@ class Pool {
       ++workers_;
       ++idle_;
     }
-    const int offered =
-        std::clamp(idle_ - static_cast<int>(offers_.size()), 0, wanted);
+    const int offered = std::clamp(idle_ - static_cast<int>(offers_.size()), 0, wanted);
     offers_.insert(offers_.end(), offered, &region);
     for (int i = 0; i < offered; ++i) wake_.notify_one();
     return offered;
