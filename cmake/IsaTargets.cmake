@@ -14,10 +14,13 @@ set(FASTBPTT_FLAGS_avx2 -mavx2 -mfma)
 set(FASTBPTT_FLAGS_avx512 -mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx2 -mfma
                           -mprefer-vector-width=512)
 
-# GCC's own AVX-512 header reads undefined registers on purpose, and GCC 12 warns of it (its bug
-# 105593).
+set(FASTBPTT_KERNEL_FLAGS -O3 -fno-exceptions -fno-rtti -fno-math-errno -fno-trapping-math -fno-lto)
 if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+  # GCC's own AVX-512 header reads undefined registers on purpose, and GCC 12 warns of it (its bug
+  # 105593).
   list(APPEND FASTBPTT_FLAGS_avx512 -Wno-maybe-uninitialized -Wno-uninitialized)
+  # A vector type as a template argument loses its alignment attribute, which Eigen does not need.
+  list(APPEND FASTBPTT_KERNEL_FLAGS -Wno-ignored-attributes)
 endif()
 
 # target: an interface library that carries the objects of every ISA and their names.
@@ -29,10 +32,11 @@ function(fastbptt_add_isa_targets target source)
     target_include_directories(${objects} PRIVATE cpp/include cpp/src)
     target_compile_definitions(${objects} PRIVATE
       FASTBPTT_ISA=${isa} Eigen=Eigen_${isa}
-      EIGEN_DONT_PARALLELIZE EIGEN_MPL2_ONLY EIGEN_NO_DEBUG)
+      EIGEN_DONT_PARALLELIZE EIGEN_MPL2_ONLY EIGEN_NO_DEBUG
+      # The order of Eigen's sums for tiny products depends on the alignment of their arguments.
+      EIGEN_GEMM_TO_COEFFBASED_THRESHOLD=1)
     target_compile_options(${objects} PRIVATE
-      ${FASTBPTT_FLAGS_${isa}} -O3 -fno-exceptions -fno-rtti -fno-math-errno -fno-trapping-math
-      -fno-lto)
+      ${FASTBPTT_FLAGS_${isa}} ${FASTBPTT_KERNEL_FLAGS})
     target_link_libraries(${objects} PRIVATE fastbptt_options fastbptt_eigen)
     set_target_properties(${objects} PROPERTIES INTERPROCEDURAL_OPTIMIZATION OFF)
     target_sources(${target} INTERFACE $<TARGET_OBJECTS:${objects}>)

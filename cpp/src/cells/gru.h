@@ -1,86 +1,100 @@
-// GRU (Cho et al. 2014), one row of one step, in its two forms.
+// GRU (Cho et al. 2014), in its two forms.
 //
 //   r, z = s(a + u),  h = (1 - z) n + z h'
-//   reset after (PyTorch, cuDNN):  n = tanh(a_n + r u_n);                tape r, z, n, u_n
-//   reset before (the paper):      n = tanh(a_n + W_hn (r h') + b_hn);   tape r, z, n
-//
-// The second needs r before its recurrent product is complete, so a step has two phases: gates,
-// then candidate; and its reverse the same two in the other order.
+//   reset after (PyTorch, cuDNN):  n = tanh(a_n + r u_n)
+//   reset before (the paper):      n = tanh(a_n + W_hn (r h') + b_hn)
 #pragma once
-#include "cells/elementwise.h"
+#include "cells/unit.h"
 
 namespace fastbptt {
 namespace FASTBPTT_ISA {
 
+// Panel: a_n, r, z, u_n of the same hidden units, so that the input product fills the first three
+// and the recurrent product the last three. Tape: r, z, n, u_n.
 template <class S>
 struct GruCell {
-  static constexpr Index gates = 3;
+  static constexpr bool wide = false;
   static constexpr bool two_phases = false;
-  static constexpr bool splits_gradients = true;
-  static constexpr bool needs_h = true;
+  static constexpr bool carries_h = true;
+  static constexpr int packets = 4;
+  static constexpr int x_first = 0, x_count = 3, h_first = 1, h_count = 3;
+  static constexpr int gate[] = {2, 0, 1, 2};
+  static constexpr int tape = 4;
 
-  // a, u [3H]; h_before [H] -> h [H]; kept [4H]
-  static void forward(Index H, const S* a, const S* u, const S* h_before, S* h, S*, S* kept) {
-    MutableRow<S>(kept, 2 * H) = Row<S>(a, 2 * H) + Row<S>(u, 2 * H);
-    MutableRow<S> r(kept, H), z(kept + H, H), n(kept + 2 * H, H), un(kept + 3 * H, H);
-    logistic_in_place(r);
-    logistic_in_place(z);
-    un = Row<S>(u + 2 * H, H);
-    n = (Row<S>(a + 2 * H, H) + r * un).tanh();
-    MutableRow<S>(h, H) = n + z * (Row<S>(h_before, H) - n);
+  static FASTBPTT_INLINE void forward(const S* sums, const ForwardUnit<S>& u) {
+    constexpr Index p = lanes<S>;
+    const Packet<S> r = logistic<S>(load(sums + p)), z = logistic<S>(load(sums + 2 * p)),
+                    u_n = load(sums + 3 * p);
+    const Packet<S> n = tanh_of(pmadd(r, u_n, load(sums)));
+    store(u.h, pmadd(z, psub(load(u.h_before, u.n), n), n), u.n);
+    if (!u.tape) return;
+    store(u.tape, r, u.n);
+    store(u.tape + u.n, z, u.n);
+    store(u.tape + 2 * u.n, n, u.n);
+    store(u.tape + 3 * u.n, u_n, u.n);
   }
 
-  // gh: dL/dh in, dL/dh' apart from what comes through W_hh out. da, du [3H].
-  static void backward(Index H, const S* kept, const S* h_before, const S*, const S*, S* gh, S*,
-                       S* da, S* du) {
-    const Row<S> r(kept, H), z(kept + H, H), n(kept + 2 * H, H), un(kept + 3 * H, H),
-        before(h_before, H);
-    MutableRow<S> grad(gh, H), dr(da, H), dz(da + H, H), dn(da + 2 * H, H), dun(du + 2 * H, H);
-    dn = grad * (S(1) - z) * (S(1) - n * n);
-    dz = grad * (before - n) * z * (S(1) - z);
-    dr = dn * un * r * (S(1) - r);
-    dun = dn * r;
-    MutableRow<S>(du, 2 * H) = Row<S>(da, 2 * H);
-    grad *= z;
+  static FASTBPTT_INLINE void backward(const Packet<S>& grad_h, const ReverseUnit<S>& u) {
+    constexpr Index p = lanes<S>;
+    const Packet<S> r = load(u.tape, u.n), z = load(u.tape + u.n, u.n),
+                    n = load(u.tape + 2 * u.n, u.n), u_n = load(u.tape + 3 * u.n, u.n);
+    const Packet<S> through_z = pmul(grad_h, z);
+    const Packet<S> grad_n = pmul(psub(grad_h, through_z), one_minus<S>(pmul(n, n)));
+    const Packet<S> grad_u = pmul(grad_n, r);
+    store(u.grads, grad_n);
+    store(u.grads + p, pmul(pmul(grad_u, u_n), one_minus<S>(r)));
+    store(u.grads + 2 * p, pmul(pmul(through_z, psub(load(u.h_before, u.n), n)), one_minus<S>(z)));
+    store(u.grads + 3 * p, grad_u);
+    store(u.carry_h, through_z, u.n);
   }
 };
 
+// The recurrent product of n waits for r, so a step has two phases, the gates and the candidate,
+// and its reverse the same two in the other order. Panel: n, r, z. Tape: r, z, n.
 template <class S>
 struct GruResetBeforeCell {
-  static constexpr Index gates = 3;
+  static constexpr bool wide = false;
   static constexpr bool two_phases = true;
-  static constexpr bool splits_gradients = false;
+  static constexpr bool carries_h = true;
+  static constexpr int packets = 3;
+  static constexpr int x_first = 0, x_count = 3, h_first = 1, h_count = 2;
+  static constexpr int gate[] = {2, 0, 1};
+  static constexpr int tape = 3;
 
-  // a, u: the first 2H of [3H] -> kept r, z; rh [H] = r h'
-  static void forward_gates(Index H, const S* a, const S* u, const S* h_before, S* kept, S* rh) {
-    MutableRow<S> both(kept, 2 * H);
-    both = Row<S>(a, 2 * H) + Row<S>(u, 2 * H);
-    logistic_in_place(both);
-    MutableRow<S>(rh, H) = Row<S>(kept, H) * Row<S>(h_before, H);
+  // The sum of n so far goes to `candidate`, r h' to `reset`.
+  static FASTBPTT_INLINE void forward_gates(const S* sums, const ForwardUnit<S>& u, S* candidate,
+                                            S* reset) {
+    constexpr Index p = lanes<S>;
+    const Packet<S> r = logistic<S>(load(sums + p)), z = logistic<S>(load(sums + 2 * p));
+    store(candidate, load(sums));
+    store(reset, pmul(r, load(u.h_before, u.n)), u.n);
+    store(u.tape, r, u.n);
+    store(u.tape + u.n, z, u.n);
   }
-  // a, u: the last H of [3H], u from rh -> h
-  static void forward_candidate(Index H, const S* a, const S* u, const S* h_before, S* kept, S* h) {
-    const Row<S> z(kept + H, H);
-    MutableRow<S> n(kept + 2 * H, H);
-    n = (Row<S>(a + 2 * H, H) + Row<S>(u + 2 * H, H)).tanh();
-    MutableRow<S>(h, H) = n + z * (Row<S>(h_before, H) - n);
+  static FASTBPTT_INLINE void forward_candidate(const S* sum, const ForwardUnit<S>& u) {
+    const Packet<S> z = load(u.tape + u.n, u.n), n = tanh_of(load(sum));
+    store(u.tape + 2 * u.n, n, u.n);
+    store(u.h, pmadd(z, psub(load(u.h_before, u.n), n), n), u.n);
   }
 
-  // gh: dL/dh -> the last H of da [3H]; rh [H] = r h' again, for the weight gradient
-  static void backward_candidate(Index H, const S* kept, const S* h_before, const S* gh, S* da,
-                                 S* rh) {
-    const Row<S> r(kept, H), z(kept + H, H), n(kept + 2 * H, H), before(h_before, H);
-    MutableRow<S>(da + 2 * H, H) = Row<S>(gh, H) * (S(1) - z) * (S(1) - n * n);
-    MutableRow<S>(rh, H) = r * before;
+  static FASTBPTT_INLINE void backward_candidate(const Packet<S>& grad_h, const ReverseUnit<S>& u,
+                                                 S* reset) {
+    constexpr Index p = lanes<S>;
+    const Packet<S> r = load(u.tape, u.n), z = load(u.tape + u.n, u.n),
+                    n = load(u.tape + 2 * u.n, u.n), before = load(u.h_before, u.n);
+    const Packet<S> through_z = pmul(grad_h, z);
+    store(u.grads, pmul(psub(grad_h, through_z), one_minus<S>(pmul(n, n))));
+    store(u.grads + 2 * p, pmul(pmul(through_z, psub(before, n)), one_minus<S>(z)));
+    store(u.carry_h, through_z, u.n);
+    store(reset, pmul(r, before), u.n);
   }
-  // drh: dL/d(r h') -> the first 2H of da; gh: dL/dh in, dL/dh' but for W_hr, W_hz out
-  static void backward_gates(Index H, const S* kept, const S* h_before, const S* drh, S* gh,
-                             S* da) {
-    const Row<S> r(kept, H), z(kept + H, H), n(kept + 2 * H, H), before(h_before, H), d(drh, H);
-    MutableRow<S> grad(gh, H);
-    MutableRow<S>(da, H) = d * before * r * (S(1) - r);
-    MutableRow<S>(da + H, H) = grad * (before - n) * z * (S(1) - z);
-    grad = grad * z + d * r;
+  // grad_reset: dL/d(r h')
+  static FASTBPTT_INLINE void backward_gates(const Packet<S>& grad_reset, const ReverseUnit<S>& u) {
+    constexpr Index p = lanes<S>;
+    const Packet<S> r = load(u.tape, u.n), before = load(u.h_before, u.n);
+    const Packet<S> through_r = pmul(grad_reset, r);
+    store(u.grads + p, pmul(pmul(through_r, before), one_minus<S>(r)));
+    store(u.carry_h, padd(load(u.carry_h, u.n), through_r), u.n);
   }
 };
 

@@ -1,50 +1,52 @@
-// LSTM (Hochreiter & Schmidhuber 1997; forget gate of Gers et al. 2000), one row of one step.
+// LSTM (Hochreiter & Schmidhuber 1997; forget gate of Gers et al. 2000).
 //
 //   i, f, o = s(a + u),  g = tanh(a + u),  c = f c' + i g,  h = o tanh(c)
 //
-// Tape: i, f, g, o, c, each [H].
+// Panel: the packets i, f, g, o of the same hidden units. Tape: i, f, g, o, c.
 #pragma once
-#include "cells/elementwise.h"
+#include "cells/unit.h"
 
 namespace fastbptt {
 namespace FASTBPTT_ISA {
 
 template <class S>
 struct LstmCell {
-  static constexpr Index gates = 4;
+  static constexpr bool wide = false;
   static constexpr bool two_phases = false;
-  static constexpr bool splits_gradients = false;
-  static constexpr bool needs_h = false;
+  static constexpr bool carries_h = false;
+  static constexpr int packets = 4;
+  static constexpr int x_first = 0, x_count = 4, h_first = 0, h_count = 4;
+  static constexpr int gate[] = {0, 1, 2, 3};
+  static constexpr int tape = 5;
+  static constexpr int c_in_tape = 4;
 
-  // a, u [4H]; c [H] in c', out c -> h [H]; kept [5H]
-  static void forward(Index H, const S* a, const S* u, const S*, S* h, S* c, S* kept) {
-    MutableRow<S>(kept, 4 * H) = Row<S>(a, 4 * H) + Row<S>(u, 4 * H);
-    MutableRow<S> i(kept, H), f(kept + H, H), g(kept + 2 * H, H), o(kept + 3 * H, H);
-    logistic_in_place(i);
-    logistic_in_place(f);
-    g = g.tanh();
-    logistic_in_place(o);
-    MutableRow<S> cell(c, H);
-    cell = f * cell + i * g;
-    MutableRow<S>(kept + 4 * H, H) = cell;
-    MutableRow<S>(h, H) = o * cell.tanh();
+  static FASTBPTT_INLINE void forward(const S* sums, const ForwardUnit<S>& u) {
+    constexpr Index p = lanes<S>;
+    const Packet<S> i = logistic<S>(load(sums)), f = logistic<S>(load(sums + p)),
+                    g = tanh_of(load(sums + 2 * p)), o = logistic<S>(load(sums + 3 * p));
+    const Packet<S> c = pmadd(f, load(u.c, u.n), pmul(i, g));
+    store(u.c, c, u.n);
+    store(u.h, pmul(o, tanh_of(c)), u.n);
+    if (!u.tape) return;
+    store(u.tape, i, u.n);
+    store(u.tape + u.n, f, u.n);
+    store(u.tape + 2 * u.n, g, u.n);
+    store(u.tape + 3 * u.n, o, u.n);
+    store(u.tape + 4 * u.n, c, u.n);
   }
 
-  // gh, gc: dL/dh, dL/dc of this step, in; gh: zero, gc: dL/dc', out. da [4H]: dL/da = dL/du.
-  static void backward(Index H, const S* kept, const S*, const S* c_before, const S*, S* gh, S* gc,
-                       S* da, S*) {
-    const Row<S> i(kept, H), f(kept + H, H), g(kept + 2 * H, H), o(kept + 3 * H, H),
-        c(kept + 4 * H, H), before(c_before, H);
-    MutableRow<S> grad_h(gh, H), grad_c(gc, H);
-    MutableRow<S> di(da, H), df(da + H, H), dg(da + 2 * H, H), d_o(da + 3 * H, H);
-    dg = c.tanh();
-    d_o = grad_h * dg * o * (S(1) - o);
-    grad_c += grad_h * o * (S(1) - dg * dg);
-    di = grad_c * g * i * (S(1) - i);
-    df = grad_c * before * f * (S(1) - f);
-    dg = grad_c * i * (S(1) - g * g);
-    grad_c *= f;
-    grad_h.setZero();
+  static FASTBPTT_INLINE void backward(const Packet<S>& grad_h, const ReverseUnit<S>& u) {
+    constexpr Index p = lanes<S>;
+    const Packet<S> i = load(u.tape, u.n), f = load(u.tape + u.n, u.n),
+                    g = load(u.tape + 2 * u.n, u.n), o = load(u.tape + 3 * u.n, u.n);
+    const Packet<S> t = tanh_of(load(u.tape + 4 * u.n, u.n));
+    const Packet<S> through_o = pmul(grad_h, o);
+    const Packet<S> c = pmadd(through_o, one_minus<S>(pmul(t, t)), load(u.carry_c, u.n));
+    store(u.grads, pmul(pmul(c, g), pmul(i, one_minus<S>(i))));
+    store(u.grads + p, pmul(pmul(c, load(u.c_before, u.n)), pmul(f, one_minus<S>(f))));
+    store(u.grads + 2 * p, pmul(pmul(c, i), one_minus<S>(pmul(g, g))));
+    store(u.grads + 3 * p, pmul(pmul(through_o, t), one_minus<S>(o)));
+    store(u.carry_c, pmul(c, f), u.n);
   }
 };
 

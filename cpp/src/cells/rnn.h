@@ -1,40 +1,42 @@
-// Vanilla RNN (Elman 1990), one row of one step.
+// Vanilla RNN (Elman 1990).
 //
 //   h = f(a + u),  a = W_ih x + b_ih,  u = W_hh h' + b_hh,  f = tanh or relu
 //
-// Nothing is kept but h: f'(a + u) is 1 - h^2 for tanh, and 1 where h > 0 for relu.
+// A panel is four packets of hidden units. Nothing is kept but h: f'(a + u) is 1 - h^2 for tanh,
+// and 1 where h > 0 for relu.
 #pragma once
-#include "cells/elementwise.h"
+#include "cells/unit.h"
 
 namespace fastbptt {
 namespace FASTBPTT_ISA {
 
 template <class S, bool Relu>
 struct RnnCell {
-  static constexpr Index gates = 1;
+  static constexpr bool wide = true;
   static constexpr bool two_phases = false;
-  static constexpr bool splits_gradients = false;
-  static constexpr bool needs_h = false;
+  static constexpr bool carries_h = false;
+  static constexpr int packets = 4;
+  static constexpr int x_first = 0, x_count = 4, h_first = 0, h_count = 4;
+  static constexpr int gate[] = {0, 0, 0, 0};
+  static constexpr int tape = 0;
 
-  // a, u [H] -> h [H]
-  static void forward(Index H, const S* a, const S* u, const S*, S* h, S*, S*) {
-    const Row<S> sum_a(a, H), sum_u(u, H);
-    MutableRow<S> out(h, H);
-    if constexpr (Relu)
-      out = (sum_a + sum_u).cwiseMax(S(0));
-    else
-      out = (sum_a + sum_u).tanh();
+  static FASTBPTT_INLINE void forward(const S* sum, const ForwardUnit<S>& u) {
+    const Packet<S> s = load(sum);
+    if constexpr (Relu) {
+      // Not pmax, which may turn NaN into zero.
+      store(u.h, pselect(pcmp_lt(s, constant<S>(0)), constant<S>(0), s), u.n);
+    } else {
+      store(u.h, tanh_of(s), u.n);
+    }
   }
 
-  // gh: dL/dh, in; dL/dh' apart from what comes through W_hh, out (nothing). da: dL/da = dL/du.
-  static void backward(Index H, const S*, const S*, const S*, const S* h, S* gh, S*, S* da, S*) {
-    const Row<S> value(h, H);
-    MutableRow<S> grad(gh, H), out(da, H);
-    if constexpr (Relu)
-      out = (value > S(0)).select(grad, S(0));
-    else
-      out = grad * (S(1) - value * value);
-    grad.setZero();
+  static FASTBPTT_INLINE void backward(const Packet<S>& grad, const ReverseUnit<S>& u) {
+    const Packet<S> h = load(u.h, u.n);
+    if constexpr (Relu) {
+      store(u.grads, pselect(pcmp_lt(constant<S>(0), h), grad, constant<S>(0)));
+    } else {
+      store(u.grads, pmul(grad, one_minus<S>(pmul(h, h))));
+    }
   }
 };
 

@@ -1,13 +1,32 @@
 // Linear readout and softmax cross entropy over a block of rows.
 #pragma once
+#include <Eigen/Core>
 #include <cmath>
 
-#include "cells/elementwise.h"
 #include "kernels/kernel_table.h"
-#include "kernels/layer.h"
 
 namespace fastbptt {
 namespace FASTBPTT_ISA {
+
+template <class S>
+using Matrix = Eigen::Matrix<S, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
+template <class S>
+using Rows = Eigen::Map<const Matrix<S>, 0, Eigen::OuterStride<>>;
+template <class S>
+using MutableRows = Eigen::Map<Matrix<S>, 0, Eigen::OuterStride<>>;
+template <class S>
+using Row = Eigen::Map<const Eigen::Array<S, 1, Eigen::Dynamic>>;
+template <class S>
+using MutableRow = Eigen::Map<Eigen::Array<S, 1, Eigen::Dynamic>>;
+
+template <class S>
+Rows<S> rows(const S* data, Index n, Index columns, Index stride) {
+  return Rows<S>(data, n, columns, Eigen::OuterStride<>(stride));
+}
+template <class S>
+MutableRows<S> mutable_rows(S* data, Index n, Index columns, Index stride) {
+  return MutableRows<S>(data, n, columns, Eigen::OuterStride<>(stride));
+}
 
 template <class S>
 void linear(const RowsJob<S>& job, S* y) {
@@ -25,7 +44,10 @@ void linear_backward(const RowsJob<S>& job, const S* grad_y, S* grad_x, S* grad_
       grad * rows(job.weight, job.N, job.K, job.K);
   mutable_rows(grad_weight, job.N, job.K, job.K).noalias() +=
       grad.transpose() * rows(job.x, job.rows, job.K, job.x_row);
-  if (grad_bias) MutableRow<S>(grad_bias, job.N) += grad.colwise().sum().array();
+  if (!grad_bias) return;
+  // Row by row: Eigen's sum of columns goes by the alignment of its result.
+  MutableRow<S> sum(grad_bias, job.N);
+  for (Index r = 0; r < job.rows; ++r) sum += Row<S>(grad_y + r * job.N, job.N);
 }
 
 // -log softmax(l)[k] = log(sum of exp(l - m)) + m - l[k], with m the largest, so that exp is at

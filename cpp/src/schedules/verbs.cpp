@@ -20,6 +20,9 @@ namespace {
 // that what one layer writes is still in the cache when the next reads it.
 constexpr Index chunk_rows = 256;
 
+// Work between two looks for an interrupt: a few hundredths of a second on a slow core.
+constexpr double chunk_flops = 5e8;
+
 // A thread should have at least this much to do, or waking it costs more than it brings.
 constexpr double flops_a_thread = 1e6;
 
@@ -31,17 +34,21 @@ struct Split {
   Index most_rows() const { return (B + parts - 1) / parts; }
 };
 
+// Of all layers, one step and row.
+double step_flops(const StackShape& s) {
+  return 2.0 * gates(s.cell) * s.hidden_size *
+         (s.input_size + s.hidden_size * (2.0 * s.num_layers - 1));
+}
+
 Split split_batch(const StackShape& s, Index T, Index B) {
-  const double layer_flops = 2.0 * gates(s.cell) * s.hidden_size * (s.input_size + s.hidden_size);
-  const double flops = layer_flops * s.num_layers * T * B;
-  const double worth = std::max(1.0, flops / flops_a_thread);
-  const double most =
-      std::min({worth, static_cast<double>(B), static_cast<double>(get_num_threads())});
+  const double worth = std::max(1.0, step_flops(s) * T * B / flops_a_thread);
+  const double most = std::min({worth, double(B), double(get_num_threads())});
   return {B, static_cast<int>(most)};
 }
 
-Index chunk_steps(Index rows, Index T) {
-  return std::clamp<Index>(chunk_rows / std::max<Index>(rows, 1), 1, std::max<Index>(T, 1));
+Index chunk_steps(const StackShape& s, Index rows, Index T) {
+  const double most = std::min({double(chunk_rows), chunk_flops / step_flops(s), double(T) * rows});
+  return std::max<Index>(1, static_cast<Index>(most) / rows);
 }
 
 // Where the parts of a tape lie: each layer's own, then y of every layer but the last.
@@ -109,7 +116,7 @@ void forward(const Forward<S>& run, S* tape, Interrupt interrupt) {
 
   const LayerKernels<S>& kernel = kernels().layer<S>();
   const Split split = split_batch(s, T, B);
-  const Index steps = chunk_steps(split.most_rows(), T);
+  const Index steps = chunk_steps(s, split.most_rows(), T);
   const bool own_y = !tape && L > 1;
 
   Arena<S> arena;
@@ -180,7 +187,7 @@ void reverse(const Forward<S>& run, const Reverse<S>& grad, Interrupt interrupt)
 
   const LayerKernels<S>& kernel = kernels().layer<S>();
   const Split split = split_batch(s, T, B);
-  const Index steps = chunk_steps(split.most_rows(), T);
+  const Index steps = chunk_steps(s, split.most_rows(), T);
 
   Arena<S> arena;
   std::vector<Index> packed(L), scratch(split.parts * L), middle(split.parts);

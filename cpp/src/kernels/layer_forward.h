@@ -1,0 +1,194 @@
+// One layer forward through a run of steps: for each step and panel the product, the cell and the
+// tape in one pass, tile by tile of rows, so that the sums of the gates never leave the first
+// cache.
+#pragma once
+#include "cells/unit.h"
+#include "kernels/micro_kernel.h"
+#include "kernels/panels.h"
+
+namespace fastbptt {
+namespace FASTBPTT_ISA {
+
+// Bytes of a panel that stay in L1 while tile after tile of rows goes by.
+constexpr Index panel_bytes = 24 * 1024;
+
+template <class S, class Cell>
+class ForwardLayer {
+  static constexpr Index p = lanes<S>;
+  static constexpr int packets = Cell::packets;
+  static constexpr Index width = packets * p;
+
+ public:
+  static Index scratch(const LayerShape& s, Index steps, Index batch) {
+    const Panels<S, Cell> panels(s);
+    // For this many rows or fewer.
+    const Index ahead = panels.count() * steps * (batch < tile_rows ? batch : tile_rows) * width;
+    const Index phases =
+        Cell::two_phases ? batch * (2 * panels.blocks() * p + Cell::tape * s.hidden_size) : 0;
+    return ahead + batch * width + phases;
+  }
+
+  static void run(const ForwardJob<S>& job) { ForwardLayer(job).run(); }
+
+ private:
+  explicit ForwardLayer(const ForwardJob<S>& job)
+      : job_(job),
+        panels_(job.shape),
+        ahead_(x_goes_ahead(job.batch)),
+        before_(job.scratch),
+        sums_(before_ + (ahead_ ? panels_.count() * job.steps * job.batch * width : 0)),
+        candidates_(sums_ + job.batch * width),
+        resets_(candidates_ + job.batch * panels_.blocks() * p),
+        kept_(resets_ + job.batch * panels_.blocks() * p) {}
+
+  // With so few rows that each panel serves a single tile, the input product runs ahead over all
+  // steps, where a panel serves many.
+  static bool x_goes_ahead(Index batch) { return batch <= tile_rows; }
+
+  void run() {
+    if (ahead_) {
+      for (Index j = 0; j < panels_.count(); ++j) multiply_x_ahead(j);
+    }
+    for (Index t = 0; t < job_.steps; ++t) {
+      h_ = t == 0 ? Sequence<const S>{job_.state.h, 0, panels_.H}
+                  : Sequence<const S>{job_.y.at(t - 1), 0, job_.y.row};
+      for (Index j = 0; j < panels_.count(); ++j) step_panel(t, j);
+      if constexpr (Cell::two_phases) {
+        for (Index j = 0; j < panels_.candidate_panels(); ++j) step_candidate(t, j);
+      }
+    }
+    const Sequence<S> last = job_.y.from(job_.steps - 1);
+    for (Index b = 0; b < job_.batch; ++b)
+      for (Index i = 0; i < panels_.H; ++i) job_.state.h[b * panels_.H + i] = last.at(0, b)[i];
+  }
+
+  S* ahead(Index j, Index row) const {
+    return before_ + (j * job_.steps * job_.batch + row) * width;
+  }
+
+  // Rows of sums start from the bias.
+  void fill(S* sums, Index rows, Index j) const {
+    const S* const bias = panels_.bias(job_.packed, j);
+    for (Index q = 0; q < packets; ++q) {
+      const Packet<S> value = load(bias + q * p);
+      for (Index r = 0; r < rows; ++r) store(sums + r * width + q * p, value);
+    }
+  }
+
+  void multiply_x_ahead(Index j) {
+    fill(ahead(j, 0), job_.steps * job_.batch, j);
+    for_row_tiles(job_.steps * job_.batch, [&](Index R, Index row) {
+      RowsProduct<S> product{ahead(j, row) + Cell::x_first * p, width, {}, 0, 1, panels_.I,
+                             panels_.x(job_.packed, j)};
+      for (Index r = 0; r < R; ++r) {
+        product.a[r] = job_.x.at((row + r) / job_.batch, (row + r) % job_.batch);
+      }
+      multiply_rows(R, panels_.packets(j, x_range<Cell>), false, product);
+    });
+  }
+
+  void step_panel(Index t, Index j) {
+    const Index B = job_.batch, I = panels_.I, H = panels_.H;
+    const Index x_step = panels_.packets(j, x_range<Cell>) * p;
+    const Index h_step = panels_.packets(j, h_range<Cell>) * p;
+    S* const sums = ahead_ ? ahead(j, t * B) : sums_;
+    if (!ahead_) fill(sums, B, j);
+    // Ranges of the inner dimension whose part of the panel stays in L1 over all rows.
+    const Index most = panel_bytes / (Index(sizeof(S)) * width);
+    const bool whole = B <= tile_rows || I + H <= most + most / 2;
+    const Index x_passes = ahead_ ? 0 : whole ? 1 : ceil_div(I, most);
+    const Index h_passes = whole ? 1 : ceil_div(H, most);
+    const auto pass = [&](Index R, Index row, const Sequence<const S>& a, Range range, Index begin,
+                          Index end, const S* panel) {
+      RowsProduct<S> product{
+          sums + row * width + range.first * p, width, {}, 0, 1, end - begin, panel};
+      for (Index r = 0; r < R; ++r) product.a[r] = a.at(0, row + r) + begin;
+      multiply_rows(R, panels_.packets(j, range), true, product);
+    };
+    const S* const x_panel = panels_.x(job_.packed, j);
+    const S* const h_panel = panels_.h(job_.packed, j);
+    const Sequence<const S> x = job_.x.from(t);
+    if (!whole) {
+      for (Index i = 0; i < x_passes; ++i) {
+        const Index begin = I * i / x_passes, end = I * (i + 1) / x_passes;
+        for_row_tiles(B, [&](Index R, Index row) {
+          pass(R, row, x, x_range<Cell>, begin, end, x_panel + begin * x_step);
+        });
+      }
+      for (Index i = 0; i < h_passes - 1; ++i) {
+        const Index begin = H * i / h_passes, end = H * (i + 1) / h_passes;
+        for_row_tiles(B, [&](Index R, Index row) {
+          pass(R, row, h_, h_range<Cell>, begin, end, h_panel + begin * h_step);
+        });
+      }
+    }
+    const Index begin = H * (h_passes - 1) / h_passes;
+    for_row_tiles(B, [&](Index R, Index row) {
+      if (whole && !ahead_) pass(R, row, x, x_range<Cell>, 0, I, x_panel);
+      pass(R, row, h_, h_range<Cell>, begin, H, h_panel + begin * h_step);
+      for (Index r = row; r < row + R; ++r) finish(t, j, r, sums + r * width);
+    });
+  }
+
+  ForwardUnit<S> unit(Index t, Index b, Index first) const {
+    const Index n = panels_.units(first);
+    ForwardUnit<S> u{};
+    u.n = n;
+    u.h_before = h_.at(0, b) + first;
+    u.h = job_.y.at(t, b) + first;
+    if (job_.state.c) u.c = job_.state.c + b * panels_.H + first;
+    if (job_.tape.data)
+      u.tape = job_.tape.at(t, b) + first * Cell::tape;
+    else if (Cell::two_phases)
+      u.tape = kept_ + (b * panels_.H + first) * Cell::tape;
+    return u;
+  }
+
+  // The cell, from the sums of one row.
+  FASTBPTT_INLINE void finish(Index t, Index j, Index b, const S* sums) const {
+    if constexpr (Cell::wide) {
+      for (Index q = 0; q < panels_.packets(j); ++q) {
+        Cell::forward(sums + q * p, unit(t, b, panels_.unit(j, q)));
+      }
+    } else if constexpr (Cell::two_phases) {
+      const Index at = (b * panels_.blocks() + j) * p;
+      Cell::forward_gates(sums, unit(t, b, j * p), candidates_ + at, resets_ + at);
+    } else {
+      Cell::forward(sums, unit(t, b, j * p));
+    }
+  }
+
+  // Blocks 4j to 4j + 3 of the candidate: its sum so far, plus W_hn (r h').
+  void step_candidate(Index t, Index j) {
+    const Index row_size = panels_.blocks() * p;
+    const Index Q = panels_.blocks() - 4 * j < 4 ? panels_.blocks() - 4 * j : 4;
+    for_row_tiles(job_.batch, [&](Index R, Index row) {
+      S* const sums = candidates_ + row * row_size + 4 * j * p;
+      RowsProduct<S> product{sums,
+                             row_size,
+                             {},
+                             0,
+                             1,
+                             panels_.H,
+                             job_.packed + panels_.size() + j * panels_.candidate_panel_size()};
+      for (Index r = 0; r < R; ++r) product.a[r] = resets_ + (row + r) * row_size;
+      multiply_rows(R, Q, true, product);
+      for (Index r = 0; r < R; ++r)
+        for (Index q = 0; q < Q; ++q)
+          Cell::forward_candidate(sums + r * row_size + q * p, unit(t, row + r, (4 * j + q) * p));
+    });
+  }
+
+  const ForwardJob<S>& job_;
+  const Panels<S, Cell> panels_;
+  const bool ahead_;
+  S* const before_;      // sums of the input product [panels][steps * B][width], if it goes ahead
+  S* const sums_;        // [B][width], of the panel in work
+  S* const candidates_;  // two phases: [B][H], whole packets
+  S* const resets_;      // two phases: r h' [B][H], whole packets
+  S* const kept_;        // two phases without a tape: [B][tape * H]
+  Sequence<const S> h_;  // h' of the step in work
+};
+
+}  // namespace FASTBPTT_ISA
+}  // namespace fastbptt

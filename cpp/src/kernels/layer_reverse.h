@@ -1,0 +1,332 @@
+// One layer backward through a run of steps, in three parts:
+//   1. step after step, the recurrent product of the gate gradients of the step after and the cell,
+//      which writes the gate gradients of this step, in panel layout;
+//   2. the weight gradients of the run, while its gate gradients are still in the cache;
+//   3. the gradient of the input, if asked for.
+//
+// Sums over time go from the last step to the first and are carried on in memory from run to run,
+// so that where time is cut does not change the bits.
+#pragma once
+#include "cells/unit.h"
+#include "kernels/layer_forward.h"
+#include "kernels/micro_kernel.h"
+#include "kernels/panels.h"
+
+namespace fastbptt {
+namespace FASTBPTT_ISA {
+
+template <class S, class Cell>
+class ReverseLayer {
+  static constexpr Index p = lanes<S>;
+  static constexpr Index width = Cell::packets * p;
+
+ public:
+  // The weights: W_hh for the recurrent product, for the candidate if it stands apart, and W_ih for
+  // dx.
+  static Index packed(const LayerShape& s) {
+    const Panels<S, Cell> panels(s);
+    return x_offset(panels) + panels.reverse_size(s.input_size, x_range<Cell>);
+  }
+  static void pack(const LayerShape& s, const Weights<const S>& w, S* to) {
+    const Panels<S, Cell> panels(s);
+    panels.pack_reverse(w.w_hh, s.hidden_size, h_range<Cell>, to);
+    if constexpr (Cell::two_phases) {
+      panels.pack_reverse(w.w_hh, s.hidden_size, candidate, to + candidate_offset(panels));
+    }
+    panels.pack_reverse(w.w_ih, s.input_size, x_range<Cell>, to + x_offset(panels));
+  }
+
+  static Index scratch(const LayerShape& s, Index steps, Index batch) {
+    const Panels<S, Cell> panels(s);
+    return panels.size() + panels.count() * steps * batch * width + steps * batch * 4 * p +
+           (Cell::two_phases ? steps * batch * s.hidden_size : 0) + s.hidden_size;
+  }
+  static void begin(const LayerShape& s, S* scratch) {
+    const Index n = Panels<S, Cell>(s).size();
+    for (Index i = 0; i < n; ++i) scratch[i] = S(0);
+  }
+  static void run(const ReverseJob<S>& job) { ReverseLayer(job).run(); }
+
+  static void finish(const LayerShape& s, const S* scratch, const Weights<S>& grad) {
+    using P = Panels<S, Cell>;
+    const P panels(s);
+    for (Index j = 0; j < panels.count(); ++j) {
+      const S* const bias = panels.bias(scratch, j);
+      for (Index q = 0; q < panels.packets(j); ++q) {
+        const Index row = panels.weight_row(j, q), n = panels.units(panels.unit(j, q));
+        for (Index lane = 0; lane < n; ++lane) {
+          if (grad.b_ih && P::takes_b_ih(q)) grad.b_ih[row + lane] += bias[q * p + lane];
+          if (grad.b_hh && P::takes_b_hh(q)) grad.b_hh[row + lane] += bias[q * p + lane];
+        }
+      }
+      panels.unpack_add(panels.x(scratch, j), s.input_size, j, x_range<Cell>, grad.w_ih);
+      panels.unpack_add(panels.h(scratch, j), s.hidden_size, j, h_range<Cell>, grad.w_hh);
+      if constexpr (Cell::two_phases) {
+        panels.unpack_add(panels.candidate_of(scratch, j), s.hidden_size, j, candidate, grad.w_hh);
+      }
+    }
+  }
+
+ private:
+  explicit ReverseLayer(const ReverseJob<S>& job)
+      : job_(job),
+        panels_(job.shape),
+        rows_(job.steps * job.batch),
+        grads_(job.scratch + panels_.size()),
+        sums_(grads_ + panels_.count() * rows_ * width),
+        resets_(sums_ + rows_ * 4 * p),
+        zeros_(resets_ + (Cell::two_phases ? rows_ * panels_.H : 0)) {
+    for (Index i = 0; i < panels_.H; ++i) zeros_[i] = S(0);
+  }
+
+  static Index candidate_offset(const Panels<S, Cell>& panels) {
+    return panels.reverse_size(panels.H, h_range<Cell>);
+  }
+  static Index x_offset(const Panels<S, Cell>& panels) {
+    return candidate_offset(panels) +
+           (Cell::two_phases ? panels.reverse_size(panels.H, candidate) : 0);
+  }
+
+  void run() {
+    for (Index t = job_.steps - 1; t >= 0; --t) {
+      step(t);
+      if constexpr (Cell::two_phases) candidate_step(t);
+    }
+    finish_state();
+    for (Index j = 0; j < panels_.count(); ++j) weight_gradients(j);
+    if (job_.grad_x.data) input_gradient();
+  }
+
+  // The gate gradients of step t and on, rows of time x batch, of panel j.
+  S* grads(Index j, Index row) const { return grads_ + (j * rows_ + row) * width; }
+
+  // For every panel of output columns and tile of rows: start(sums, R, row, Q, panel); then the
+  // gate gradients of rows [row, row + n), packets of the range, times the weights; then end(the
+  // same). Without the product if weights is null.
+  template <class Start, class End>
+  FASTBPTT_INLINE void product(Range range, bool split, Index row, Index n, const S* weights,
+                               Index columns, Start&& start, End&& end) const {
+    const Index J = panels_.count(), step = (Cell::wide ? 4 : range.count) * p;
+    for (Index panel = 0; panel < Panels<S, Cell>::reverse_panels(columns); ++panel) {
+      const Index Q = Panels<S, Cell>::reverse_packets(columns, panel);
+      const S* const w = weights ? panels_.reverse_panel(weights, range, panel) : nullptr;
+      // Gradient panels whose weights stay in L1 over all rows.
+      const Index fit = panel_bytes / (Index(sizeof(S)) * 4 * p * step);
+      const Index most = fit > 0 ? fit : 1;
+      const bool whole = J <= most + most / 2 || n <= tile_rows || !w;
+      const Index passes = whole ? 1 : ceil_div(J, most);
+      for (Index i = 0; i < passes; ++i) {
+        const Index begin = J * i / passes, stop = J * (i + 1) / passes;
+        for_row_tiles(n, [&](Index R, Index at) {
+          S* const sums = sums_ + at * 4 * p;
+          if (i == 0) start(sums, R, at, Q, panel);
+          if (w) multiply_grads(range, split, R, Q, sums, row + at, begin, stop, w);
+          if (i == passes - 1) end(sums, R, at, Q, panel);
+        });
+      }
+    }
+  }
+
+  void multiply_grads(Range range, bool split, Index R, Index Q, S* sums, Index row, Index begin,
+                      Index stop, const S* weights) const {
+    const Index step = (Cell::wide ? 4 : range.count) * p;
+    // The last panel of a wide cell may be shorter.
+    const Index last = panels_.count() - 1;
+    const Index even = stop - 1 == last && panels_.packets(last, range) * p < step ? last : stop;
+    RowsProduct<S> product{
+        sums, 4 * p, {}, rows_ * width, even - begin, step, weights + begin * step * Q * p};
+    for (Index r = 0; r < R; ++r) product.a[r] = grads(begin, row + r) + range.first * p;
+    if (even > begin) multiply_rows(R, Q, split, product);
+    if (even == stop) return;
+    for (Index r = 0; r < R; ++r) product.a[r] = grads(last, row + r) + range.first * p;
+    product.blocks = 1;
+    product.K = panels_.packets(last, range) * p;
+    product.panel = weights + last * step * Q * p;
+    multiply_rows(R, Q, split, product);
+  }
+
+  ReverseUnit<S> unit(Index t, Index b, Index block) const {
+    const Index first = block * p, H = panels_.H;
+    const bool initial = t == 0 && job_.first;
+    ReverseUnit<S> u{};
+    u.n = panels_.units(first);
+    const S* const h0 = job_.initial.h ? job_.initial.h + b * H : zeros_;
+    u.h_before = initial ? h0 + first : job_.y.at(t - 1, b) + first;
+    u.h = job_.y.at(t, b) + first;
+    u.carry_h = job_.grad_state.h + b * H + first;
+    u.grads = grads(Cell::wide ? block / 4 : block, t * job_.batch + b) +
+              (Cell::wide ? block % 4 * p : 0);
+    if constexpr (Cell::tape > 0) u.tape = job_.tape.at(t, b) + first * Cell::tape;
+    if (job_.grad_state.c) {
+      u.carry_c = job_.grad_state.c + b * H + first;
+      if (!initial) {
+        u.c_before = job_.tape.at(t - 1, b) + first * Cell::tape + (Cell::tape - 1) * u.n;
+      } else {
+        u.c_before = (job_.initial.c ? job_.initial.c + b * H : zeros_) + first;
+      }
+    }
+    return u;
+  }
+
+  static Index valid(Index columns, Index first) {
+    return columns - first < p ? columns - first : p;
+  }
+
+  // What dL/dh starts from: the error of the step itself and what comes back past the weights.
+  void start_h(S* sums, Index Q, Index panel, const S* grad_y, const S* carry) const {
+    for (Index q = 0; q < Q; ++q) {
+      const Index first = (panel * 4 + q) * p, n = valid(panels_.H, first);
+      Packet<S> sum = grad_y ? load(grad_y + first, n) : constant<S>(0);
+      if (carry) sum = padd(sum, load(carry + first, n));
+      store(sums + q * p, sum);
+    }
+  }
+
+  void step(Index t) {
+    const Index B = job_.batch, H = panels_.H;
+    const bool last = t == job_.steps - 1;  // then grad_state holds all that comes back
+    product(
+        h_range<Cell>, true, (t + 1) * B, B, last ? nullptr : job_.packed, H,
+        [&](S* sums, Index R, Index b, Index Q, Index panel) {
+          for (Index r = 0; r < R; ++r) {
+            start_h(sums + r * 4 * p, Q, panel,
+                    job_.grad_y.data ? job_.grad_y.at(t, b + r) : nullptr,
+                    last || Cell::carries_h ? job_.grad_state.h + (b + r) * H : nullptr);
+          }
+        },
+        [&](const S* sums, Index R, Index b, Index Q, Index panel) {
+          for (Index r = 0; r < R; ++r) {
+            for (Index q = 0; q < Q; ++q) {
+              const Packet<S> grad_h = load(sums + (r * 4 + q) * p);
+              const ReverseUnit<S> u = unit(t, b + r, panel * 4 + q);
+              if constexpr (Cell::two_phases) {
+                Cell::backward_candidate(grad_h, u,
+                                         resets_ + (t * B + b + r) * H + (panel * 4 + q) * p);
+              } else {
+                Cell::backward(grad_h, u);
+              }
+            }
+          }
+        });
+  }
+
+  static void start_zero(S* sums, Index R) {
+    for (Index i = 0; i < R * 4; ++i) store(sums + i * p, constant<S>(0));
+  }
+
+  void candidate_step(Index t) {
+    product(
+        candidate, true, t * job_.batch, job_.batch, job_.packed + candidate_offset(panels_),
+        panels_.H, [](S* sums, Index R, Index, Index, Index) { start_zero(sums, R); },
+        [&](const S* sums, Index R, Index b, Index Q, Index panel) {
+          for (Index r = 0; r < R; ++r)
+            for (Index q = 0; q < Q; ++q)
+              Cell::backward_gates(load(sums + (r * 4 + q) * p), unit(t, b + r, panel * 4 + q));
+        });
+  }
+
+  // dL/dh before the first step of the run.
+  void finish_state() {
+    const Index H = panels_.H;
+    product(
+        h_range<Cell>, true, 0, job_.batch, job_.packed, H,
+        [&](S* sums, Index R, Index b, Index Q, Index panel) {
+          for (Index r = 0; r < R; ++r) {
+            start_h(sums + r * 4 * p, Q, panel, nullptr,
+                    Cell::carries_h ? job_.grad_state.h + (b + r) * H : nullptr);
+          }
+        },
+        [&](const S* sums, Index R, Index b, Index Q, Index panel) {
+          for (Index r = 0; r < R; ++r) {
+            write_row(sums + r * 4 * p, Q, panel, H, job_.grad_state.h + (b + r) * H);
+          }
+        });
+  }
+
+  void input_gradient() {
+    product(
+        x_range<Cell>, false, 0, rows_, job_.packed + x_offset(panels_), panels_.I,
+        [](S* sums, Index R, Index, Index, Index) { start_zero(sums, R); },
+        [&](const S* sums, Index R, Index row, Index Q, Index panel) {
+          for (Index r = 0; r < R; ++r) {
+            const Index t = (row + r) / job_.batch, b = (row + r) % job_.batch;
+            write_row(sums + r * 4 * p, Q, panel, panels_.I, job_.grad_x.at(t, b));
+          }
+        });
+  }
+
+  static void write_row(const S* sums, Index Q, Index panel, Index columns, S* row) {
+    for (Index q = 0; q < Q; ++q) {
+      const Index first = (panel * 4 + q) * p;
+      store(row + first, load(sums + q * p), valid(columns, first));
+    }
+  }
+
+  void weight_gradients(Index j) {
+    const Index B = job_.batch, I = panels_.I, H = panels_.H;
+    // Few enough steps at a time that their gate gradients stay in L1 for all columns.
+    const Index rows = panel_bytes / (Index(sizeof(S)) * width);
+    const Index most = rows > B ? rows / B : 1;
+    for (Index end = job_.steps; end > 0; end -= most) {
+      const Index begin = end > most ? end - most : 0;
+      bias_gradient(j, begin * B, end * B);
+      outer(x_range<Cell>, j, job_.x, begin, end, 0, I, panels_.x(job_.scratch, j));
+      // Step t meets y of the step before; the first of all meets the initial state.
+      const Index from = begin == 0 && job_.first ? 1 : begin;
+      S* const to = panels_.h(job_.scratch, j);
+      outer(h_range<Cell>, j, job_.y, from - 1, end - 1, 1, H, to);
+      if (from > begin && job_.initial.h) {
+        outer(h_range<Cell>, j, {job_.initial.h, 0, H}, 0, 1, 0, H, to);
+      }
+      if constexpr (Cell::two_phases) {
+        outer(candidate, j, {resets_, B * H, H}, begin, end, 0, H,
+              panels_.candidate_of(job_.scratch, j));
+      }
+      if (begin == 0) break;
+    }
+  }
+
+  void bias_gradient(Index j, Index begin, Index end) {
+    S* const to = panels_.bias(job_.scratch, j);
+    for (Index q = 0; q < panels_.packets(j); ++q) {
+      Packet<S> sum = load(to + q * p);
+      for (Index row = end - 1; row >= begin; --row) sum = padd(sum, load(grads(j, row) + q * p));
+      store(to + q * p, sum);
+    }
+  }
+
+  // to[i][q] += sum over t in [begin, end) and b, from the last to the first, of
+  // a(t, b)[i] * gradient(t + shift, b)[range.first + q].
+  void outer(Range range, Index j, const Sequence<const S>& a, Index begin, Index end, Index shift,
+             Index columns, S* to) {
+    if (end <= begin) return;
+    const Index B = job_.batch, Q = panels_.packets(j, range);
+    // Where all rows lie at one stride they are one sum; else it goes step by step.
+    const bool even = B == 1 || a.step == B * a.row;
+    ColumnsProduct<S> product{};
+    product.a_row = B == 1 ? -a.step : -a.row;
+    product.a_run = -a.step;
+    product.runs = even ? 1 : end - begin;
+    product.K = even ? (end - begin) * B : B;
+    product.panel = grads(j, (end - 1 + shift) * B + B - 1) + range.first * p;
+    product.panel_row = -width;
+    product.panel_run = -B * width;
+    const S* const last = a.at(end - 1, B - 1);
+    for_row_tiles(columns, [&](Index R, Index i) {
+      product.sums = to + i * Q * p;
+      product.a = last + i;
+      multiply_columns(R, Q, product);
+    });
+  }
+
+  const ReverseJob<S>& job_;
+  const Panels<S, Cell> panels_;
+  const Index rows_;
+  S* const grads_;   // gate gradients [panels][steps * B][width]
+  S* const sums_;    // [rows][4 p], of the output panel in work
+  S* const resets_;  // two phases: r h' again [steps * B][H]
+  S* const zeros_;   // [H]
+};
+
+}  // namespace FASTBPTT_ISA
+}  // namespace fastbptt

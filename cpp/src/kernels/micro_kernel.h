@@ -1,0 +1,203 @@
+// The register tile that all products are made of.
+//
+//   sums[r][q] += sum over k of a(r, k) * panel[k][q]     r < R <= tile_rows rows, q < Q <= 4
+//   packets
+//
+// a is read a value at a time and broadcast; a panel is packed so that the packets of one k stand
+// side by side. A tile of tile_rows rows of four packets fills the registers with accumulators.
+//
+// Each size of tile is one function, not inlined: the cells differ only in what they do before and
+// after, and a call is nothing beside the loop.
+#pragma once
+#include <type_traits>
+
+#include "kernels/packet.h"
+
+namespace fastbptt {
+namespace FASTBPTT_ISA {
+
+template <class S, int R, int Q>
+struct Tile {
+  Packet<S> acc[R][Q];
+
+  FASTBPTT_INLINE void zero() {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int q = 0; q < Q; ++q) acc[r][q] = constant<S>(0);
+  }
+  FASTBPTT_INLINE void read(const S* from, Index row) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int q = 0; q < Q; ++q) acc[r][q] = load(from + r * row + q * lanes<S>);
+  }
+  FASTBPTT_INLINE void write(S* to, Index row) const {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int q = 0; q < Q; ++q) store(to + r * row + q * lanes<S>, acc[r][q]);
+  }
+  FASTBPTT_INLINE void add(const Tile& other) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int q = 0; q < Q; ++q) acc[r][q] = padd(acc[r][q], other.acc[r][q]);
+  }
+
+  // One k: a(r) points at the value of row r. What there is less of is held in registers.
+  template <class A>
+  FASTBPTT_INLINE void multiply(A&& a, const S* panel) {
+    if constexpr (R <= Q) {
+      Packet<S> rows[R];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) rows[r] = pset1<Packet<S>>(*a(r));
+#pragma GCC unroll 4
+      for (int q = 0; q < Q; ++q) {
+        const Packet<S> packet = load(panel + q * lanes<S>);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) acc[r][q] = pmadd(rows[r], packet, acc[r][q]);
+      }
+    } else {
+      Packet<S> packets[Q];
+#pragma GCC unroll 4
+      for (int q = 0; q < Q; ++q) packets[q] = load(panel + q * lanes<S>);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const Packet<S> row = pset1<Packet<S>>(*a(r));
+#pragma GCC unroll 4
+        for (int q = 0; q < Q; ++q) acc[r][q] = pmadd(row, packets[q], acc[r][q]);
+      }
+    }
+  }
+};
+
+// A sum over `blocks` runs of K values: a(r, k) = a[r][block * a_block + k]. The panel's rows
+// follow one another, Q packets each.
+template <class S>
+struct RowsProduct {
+  S* sums;
+  Index sums_row;
+  const S* a[tile_rows];
+  Index a_block;
+  Index blocks;
+  Index K;
+  const S* panel;
+};
+
+// With Sets > 1 the sum over k is split over that many accumulators, so that few rows do not wait
+// for the latency of the additions.
+template <class S, int R, int Q, int Sets>
+__attribute__((noinline)) void multiply_rows(const RowsProduct<S>& product) {
+  constexpr Index step = Q * lanes<S>;
+  const S* a[R];
+  for (int r = 0; r < R; ++r) a[r] = product.a[r];
+  const S* panel = product.panel;
+  const Index K = product.K;
+  Tile<S, R, Q> tile;
+  tile.read(product.sums, product.sums_row);
+  if constexpr (Sets == 1) {
+    for (Index block = 0; block < product.blocks; ++block) {
+      for (Index k = 0; k < K; ++k, panel += step) {
+        tile.multiply([&](int r) { return a[r] + k; }, panel);
+      }
+      for (int r = 0; r < R; ++r) a[r] += product.a_block;
+    }
+  } else {
+    Tile<S, R, Q> more[Sets - 1];
+#pragma GCC unroll 4
+    for (int s = 0; s < Sets - 1; ++s) more[s].zero();
+    for (Index block = 0; block < product.blocks; ++block) {
+      Index k = 0;
+      for (; k + Sets <= K; k += Sets, panel += Sets * step) {
+        tile.multiply([&](int r) { return a[r] + k; }, panel);
+#pragma GCC unroll 4
+        for (int s = 1; s < Sets; ++s) {
+          more[s - 1].multiply([&](int r) { return a[r] + k + s; }, panel + s * step);
+        }
+      }
+      for (; k < K; ++k, panel += step) tile.multiply([&](int r) { return a[r] + k; }, panel);
+      for (int r = 0; r < R; ++r) a[r] += product.a_block;
+    }
+#pragma GCC unroll 4
+    for (int s = 0; s < Sets - 1; ++s) tile.add(more[s]);
+  }
+  tile.write(product.sums, product.sums_row);
+}
+
+// A sum over `runs` runs of K rows: a(r, k) = a[run * a_run + k * a_row + r], with the panel's row
+// at run * panel_run + k * panel_row. The sums are contiguous.
+template <class S>
+struct ColumnsProduct {
+  S* sums;
+  const S* a;
+  Index a_row;
+  Index a_run;
+  Index runs;
+  Index K;
+  const S* panel;
+  Index panel_row;
+  Index panel_run;
+};
+
+template <class S, int R, int Q>
+__attribute__((noinline)) void multiply_columns(const ColumnsProduct<S>& product) {
+  Tile<S, R, Q> tile;
+  tile.read(product.sums, Q * lanes<S>);
+  for (Index run = 0; run < product.runs; ++run) {
+    const S* a = product.a + run * product.a_run;
+    const S* panel = product.panel + run * product.panel_run;
+    for (Index k = 0; k < product.K; ++k, a += product.a_row, panel += product.panel_row) {
+      tile.multiply([&](int r) { return a + r; }, panel);
+    }
+  }
+  tile.write(product.sums, Q * lanes<S>);
+}
+
+// Calls body with the integral constant n <= Most.
+template <int Most, class F>
+FASTBPTT_INLINE void with_constant(Index n, F&& body) {
+  if constexpr (Most > 1) {
+    if (n < Most) return with_constant<Most - 1>(n, body);
+  }
+  body(std::integral_constant<int, Most>{});
+}
+
+// `split` allows several accumulators a sum, whose order then depends on the number of rows; only
+// where that is the same however the steps are cut.
+template <class S>
+__attribute__((noinline)) void multiply_rows(Index R, Index Q, bool split,
+                                             const RowsProduct<S>& product) {
+  with_constant<tile_rows>(R, [&](auto r) {
+    with_constant<4>(Q, [&](auto q) {
+      constexpr int accumulators = r * q;
+      constexpr int sets = accumulators >= 8 ? 1 : accumulators >= 4 ? 2 : 4;
+      if (split && sets > 1)
+        multiply_rows<S, r, q, sets>(product);
+      else
+        multiply_rows<S, r, q, 1>(product);
+    });
+  });
+}
+
+template <class S>
+__attribute__((noinline)) void multiply_columns(Index R, Index Q,
+                                                const ColumnsProduct<S>& product) {
+  with_constant<tile_rows>(
+      R, [&](auto r) { with_constant<4>(Q, [&](auto q) { multiply_columns<S, r, q>(product); }); });
+}
+
+// Calls body(R, row) for tiles that cover [0, rows) as evenly as they can, so that a tile of one
+// row, which wastes the most, appears only where there is one row.
+template <class F>
+FASTBPTT_INLINE void for_row_tiles(Index rows, F&& body) {
+  Index tiles = ceil_div(rows, tile_rows);
+  for (Index row = 0; row < rows; --tiles) {
+    const Index R = ceil_div(rows - row, tiles);
+    body(R, row);
+    row += R;
+  }
+}
+
+}  // namespace FASTBPTT_ISA
+}  // namespace fastbptt

@@ -1,0 +1,200 @@
+// Weights in panels, the layout in which the register tile reads them.
+//
+// The hidden units are cut into blocks of one packet. A panel is a block's gates side by side, or,
+// for a cell with one gate, four blocks side by side (`wide`). For each panel, one after another:
+//
+//   forward:  bias [packets][p], then W_ih^T [I][x_count][p], then W_hh^T [H][h_count][p]
+//   gradients of the weights: the same, so that they can be added up where they are
+//
+// Units beyond H are zero. The reverse multiplies by the weights, not by their transposes, so there
+// a panel is up to four packets of the output (hidden units, or input values), and its rows follow
+// the gate gradients: panel by panel, packet by packet, lane by lane.
+#pragma once
+#include "kernels/kernel_table.h"
+#include "kernels/packet.h"
+
+namespace fastbptt {
+namespace FASTBPTT_ISA {
+
+// A run of a panel's packets: those of the input product, of the recurrent product, or of a part of
+// it.
+struct Range {
+  int first;
+  int count;
+};
+
+template <class Cell>
+constexpr Range x_range{Cell::x_first, Cell::x_count};
+template <class Cell>
+constexpr Range h_range{Cell::h_first, Cell::h_count};
+// The candidate of a cell with two phases, whose recurrent product stands apart.
+constexpr Range candidate{0, 1};
+
+template <class S, class Cell>
+struct Panels {
+  static constexpr Index p = lanes<S>;
+  Index I;
+  Index H;
+
+  explicit Panels(const LayerShape& s) : I(s.input_size), H(s.hidden_size) {}
+
+  Index blocks() const { return ceil_div(H, p); }
+  Index count() const { return Cell::wide ? ceil_div(blocks(), 4) : blocks(); }
+  // Packets of panel j.
+  Index packets(Index j) const {
+    return Cell::wide && blocks() - 4 * j < 4 ? blocks() - 4 * j : Cell::packets;
+  }
+  Index packets(Index j, Range range) const { return Cell::wide ? packets(j) : range.count; }
+  // The hidden units of packet q of panel j, and how many of them there are.
+  Index unit(Index j, Index q) const { return (Cell::wide ? 4 * j + q : j) * p; }
+  Index units(Index unit) const { return H - unit < p ? H - unit : p; }
+  // The row of PyTorch's weight behind lane 0 of packet q of panel j.
+  Index weight_row(Index j, Index q) const { return Cell::gate[q] * H + unit(j, q); }
+
+  Index bias_size() const { return Cell::packets * p; }
+  Index x_size() const { return I * Cell::x_count * p; }
+  Index h_size() const { return H * Cell::h_count * p; }
+  Index candidate_size() const { return Cell::two_phases ? H * p : 0; }
+  Index panel_size() const { return bias_size() + x_size() + h_size() + candidate_size(); }
+  Index size() const { return count() * panel_size(); }
+
+  // Of the panels that start at `data`, panel j's parts. Steps from k to k + 1 are packets(j,
+  // range) * p.
+  template <class T>
+  T* bias(T* data, Index j) const {
+    return data + j * panel_size();
+  }
+  template <class T>
+  T* x(T* data, Index j) const {
+    return bias(data, j) + bias_size();
+  }
+  template <class T>
+  T* h(T* data, Index j) const {
+    return x(data, j) + x_size();
+  }
+  // Gradients only: forward keeps the candidate's weights in panels of four blocks behind all
+  // others.
+  template <class T>
+  T* candidate_of(T* data, Index j) const {
+    return h(data, j) + h_size();
+  }
+
+  Index candidate_panels() const { return ceil_div(blocks(), 4); }
+  Index candidate_panel_size() const { return H * 4 * p; }
+  Index forward_size() const {
+    return size() + (Cell::two_phases ? candidate_panels() * candidate_panel_size() : 0);
+  }
+
+  // panel[k][q][lane] = weight[row(q) + lane][k] for the range's packets of panel j.
+  void pack(const S* weight, Index columns, Index j, Range range, S* panel) const {
+    const Index n = packets(j, range);
+    for (Index q = 0; q < n; ++q) {
+      const Index valid = units(unit(j, range.first + q));
+      const S* rows = weight + weight_row(j, range.first + q) * columns;
+      pack_packet(rows, columns, valid, columns, panel + q * p, n * p);
+    }
+  }
+
+  // to[k * step + lane] = rows[lane * row + k] for k < n; zeros in the lanes from valid on.
+  static void pack_packet(const S* rows, Index row, Index valid, Index n, S* to, Index step) {
+    Index k = 0;
+    if (valid == p) {
+      // p x p blocks are transposed in registers.
+      for (; k + p <= n; k += p) {
+        Eigen::internal::PacketBlock<typename Eigen::internal::packet_traits<S>::type, int(p)>
+            block;
+        for (Index lane = 0; lane < p; ++lane) block.packet[lane] = load(rows + lane * row + k);
+        Eigen::internal::ptranspose(block);
+        for (Index i = 0; i < p; ++i) store(to + (k + i) * step, block.packet[i]);
+      }
+    }
+    for (; k < n; ++k)
+      for (Index lane = 0; lane < p; ++lane)
+        to[k * step + lane] = lane < valid ? rows[lane * row + k] : S(0);
+  }
+
+  // Adds what panels of gradients hold to the gradient in PyTorch's layout.
+  void unpack_add(const S* panel, Index columns, Index j, Range range, S* grad) const {
+    const Index n = packets(j, range);
+    for (Index q = 0; q < n; ++q) {
+      const Index valid = units(unit(j, range.first + q));
+      S* rows = grad + weight_row(j, range.first + q) * columns;
+      for (Index lane = 0; lane < valid; ++lane)
+        for (Index k = 0; k < columns; ++k)
+          rows[lane * columns + k] += panel[(k * n + q) * p + lane];
+    }
+  }
+
+  void add_bias(const S* bias, Index j, Index q, S* to) const {
+    if (!bias) return;
+    const Index valid = units(unit(j, q));
+    for (Index lane = 0; lane < valid; ++lane) to[q * p + lane] += bias[weight_row(j, q) + lane];
+  }
+  // b_hh reaches the packets of the recurrent product, the candidate's among them.
+  static bool takes_b_hh(Index q) {
+    return (q >= Cell::h_first && q < Cell::h_first + Cell::h_count) ||
+           (Cell::two_phases && q == candidate.first);
+  }
+  static bool takes_b_ih(Index q) {
+    return q >= Cell::x_first && q < Cell::x_first + Cell::x_count;
+  }
+
+  void pack_forward(const Weights<const S>& w, S* to) const {
+    for (Index j = 0; j < count(); ++j) {
+      S* const sums = bias(to, j);
+      for (Index i = 0; i < bias_size(); ++i) sums[i] = S(0);
+      for (Index q = 0; q < packets(j); ++q) {
+        if (takes_b_ih(q)) add_bias(w.b_ih, j, q, sums);
+        if (takes_b_hh(q)) add_bias(w.b_hh, j, q, sums);
+      }
+      pack(w.w_ih, I, j, x_range<Cell>, x(to, j));
+      pack(w.w_hh, H, j, h_range<Cell>, h(to, j));
+    }
+    if constexpr (Cell::two_phases) {
+      for (Index block = 0; block < blocks(); ++block) {
+        const Index n = blocks() / 4 * 4 > block ? 4 : blocks() % 4;
+        pack_packet(w.w_hh + weight_row(block, candidate.first) * H, H, units(block * p), H,
+                    to + size() + block / 4 * candidate_panel_size() + block % 4 * p, n * p);
+      }
+    }
+  }
+
+  // Rows of a reverse panel: the gate gradients of the range.
+  Index reverse_rows(Index j, Range range) const { return packets(j, range) * p; }
+  Index reverse_rows(Range range) const { return blocks() * p * (Cell::wide ? 1 : range.count); }
+  static Index reverse_panels(Index columns) { return ceil_div(ceil_div(columns, p), 4); }
+  static Index reverse_packets(Index columns, Index panel) {
+    const Index left = ceil_div(columns, p) - 4 * panel;
+    return left < 4 ? left : 4;
+  }
+  Index reverse_size(Index columns, Range range) const {
+    return reverse_rows(range) * ceil_div(columns, p) * p;
+  }
+  S* reverse_panel(S* panels, Range range, Index panel) const {
+    return panels + panel * 4 * p * reverse_rows(range);
+  }
+  const S* reverse_panel(const S* panels, Range range, Index panel) const {
+    return panels + panel * 4 * p * reverse_rows(range);
+  }
+  void pack_reverse(const S* weight, Index columns, Range range, S* to) const {
+    for (Index panel = 0; panel < reverse_panels(columns); ++panel) {
+      const Index first = panel * 4 * p, width = reverse_packets(columns, panel) * p;
+      const Index valid = columns - first < width ? columns - first : width;
+      S* row = reverse_panel(to, range, panel);
+      for (Index j = 0; j < count(); ++j) {
+        for (Index q = range.first; q < range.first + packets(j, range); ++q) {
+          const S* from = weight + weight_row(j, q) * columns + first;
+          const Index lanes_here = units(unit(j, q));
+          for (Index lane = 0; lane < p; ++lane, row += width) {
+            const Index n = lane < lanes_here ? valid : 0;
+            for (Index i = 0; i < n; ++i) row[i] = from[lane * columns + i];
+            for (Index i = n; i < width; ++i) row[i] = S(0);
+          }
+        }
+      }
+    }
+  }
+};
+
+}  // namespace FASTBPTT_ISA
+}  // namespace fastbptt
