@@ -48,15 +48,15 @@ class Stack:
     ) -> tuple[Array | None, State, list[Array | None]]: ...
 
 def linear(x: Array, weight: Array, bias: Array | None) -> Array:
-    """`x @ weight.T + bias` over the last axis; x has two or three axes."""
+    """Return `x @ weight.T + bias` over the last axis; x has two or three axes."""
 
 def linear_backward(
     x: Array, weight: Array, grad_y: Array, grad_weight: Array, grad_bias: Array | None
 ) -> Array:
-    """The gradient with respect to x; adds to `grad_weight` and `grad_bias`."""
+    """Return the gradient with respect to x; add to `grad_weight` and `grad_bias`."""
 
 def embedding_backward(index: NDArray[np.int64], grad: Array, grad_weight: Array) -> None:
-    """Adds the rows of `grad` `[A, B, E]` to the rows of `grad_weight` that `index` `[A, B]` names."""
+    """Add the rows of `grad` `[A, B, E]` to the rows of `grad_weight` that `index` names."""
 
 def readout_loss(
     loss: str,
@@ -70,7 +70,7 @@ def readout_loss(
     grad_bias: Array | None,
     need_grad: bool,
 ) -> tuple[float, Array | None]:
-    """Linear readout and loss in one pass over blocks of rows, so that no array of all logits exists.
+    """Linear readout and loss, a block of rows at a time, so that the logits never exist as a whole.
 
     `loss` is `"cross_entropy"` (`target` int64 `[A, B]`) or `"mse"` (`target` `[A, B, V]`). Returns
     `scale` times the sum over the targets that count, and its gradient with respect to `y`

@@ -1,0 +1,52 @@
+"""Fast, frugal backpropagation through time for RNN, LSTM and GRU on the CPU.
+
+Examples
+--------
+>>> import numpy as np
+>>> import fastbptt as fb
+>>> model = fb.Model(fb.Embedding(10, 8, seed=0), fb.LSTM(8, 16, seed=1), fb.Linear(16, 10))
+>>> optimizer = fb.Adam(model.parameters(), lr=0.01)
+>>> text = np.arange(200).reshape(50, 4) % 10
+>>> for step in range(50):
+...     result = fb.value_and_grad(model, text[:-1], text[1:])
+...     optimizer.step(result.grads)
+>>> result.loss < 1.0
+True
+"""
+
+from importlib.metadata import version as _version
+
+from fastbptt.embedding import Embedding
+from fastbptt.layers import GRU, LSTM, RNN
+from fastbptt.linear import Linear
+from fastbptt.model import Model
+from fastbptt.optimizers import SGD, Adam, RMSprop, clip_grad_norm
+from fastbptt.runtime import cpu_info, get_num_threads, set_num_threads
+from fastbptt.schedules import Full, Truncated
+from fastbptt.storage import load, save
+from fastbptt.training import evaluate, value_and_grad
+
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "SGD",
+    "Adam",
+    "Embedding",
+    "Full",
+    "Linear",
+    "Model",
+    "RMSprop",
+    "Truncated",
+    "__version__",
+    "clip_grad_norm",
+    "cpu_info",
+    "evaluate",
+    "get_num_threads",
+    "load",
+    "save",
+    "set_num_threads",
+    "value_and_grad",
+]
+
+__version__ = _version("fastbptt")

@@ -1,0 +1,171 @@
+"""What users pass in, as the arrays and numbers that the rest of the package takes.
+
+The core checks rank, size and dtype of each array it is given; here, what is no array becomes one.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import os
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+Array: TypeAlias = NDArray[Any]
+
+_INT64 = np.dtype(np.int64)
+_UINT64 = np.dtype(np.uint64)
+
+# A layer whose parameters take more bytes than an array can have is a mistake in its sizes.
+_MOST_BYTES = int(np.iinfo(np.intp).max)
+
+# What an array costs beside its elements, so that very many very small ones are not free.
+_ARRAY_BYTES = 512
+
+
+def as_array(name: str, value: Any, dtype: np.dtype[Any]) -> Array:
+    """Return `value` as an array: numbers and nested lists in `dtype`, arrays in their own.
+
+    An array of another dtype is left for the core to refuse: a silent copy would hide it.
+    """
+    array = from_any(name, value)
+    if _has_dtype(value) or array.dtype == dtype:
+        return array
+    if array.dtype.kind not in "iuf":
+        raise TypeError(
+            f"{name}: got {_described(value, array)}, wanted {dtype} or lists of numbers"
+        )
+    return array.astype(dtype)
+
+
+def as_index(name: str, value: Any, rows: int) -> NDArray[np.int64]:
+    """Return `value` as int64, each element checked to be in `[0, rows)`."""
+    array = value if type(value) is np.ndarray else from_any(name, value)
+    if array.dtype != _INT64:
+        if array.size == 0 and not _has_dtype(value):
+            return array.astype(_INT64)
+        if array.dtype.kind not in "iu":
+            raise TypeError(f"{name}: got {_described(value, array)}, wanted integers")
+        if array.dtype.kind == "u" and array.size:
+            _check_range(name, array, array, rows)
+        array = array.astype(_INT64)
+    if array.size:
+        # As unsigned numbers the negative ones are the largest: one pass sees both ends.
+        _check_range(name, array, array.view(_UINT64), rows)
+    return array
+
+
+def _check_range(name: str, index: Array, unsigned: Array, rows: int) -> None:
+    if np.maximum.reduce(unsigned, axis=None) >= rows:
+        place = np.unravel_index(int(unsigned.argmax()), index.shape)
+        where = ", ".join(str(int(axis)) for axis in place)
+        raise ValueError(
+            f"{name}: got {index[place]} at [{where}], wanted from 0 to {rows - 1} ({rows} rows)"
+        )
+
+
+def from_any(name: str, value: Any) -> Array:
+    """Return `value` as an array of whatever dtype NumPy finds in it."""
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{name}: got a masked array, wanted a plain one; its mask would be lost")
+    try:
+        return np.asarray(value)
+    except MemoryError:
+        raise
+    except ValueError as error:
+        raise ValueError(f"{name}: got lists that are no array: {error}") from error
+    except Exception as error:  # whatever the value's own conversion raises, as for another device
+        kind = type(value).__name__
+        raise TypeError(f"{name}: got {kind}, which NumPy cannot read: {error}") from error
+
+
+def _has_dtype(value: Any) -> bool:
+    return hasattr(value, "dtype")
+
+
+def _described(value: Any, array: Array) -> str:
+    kind = type(value).__name__
+    return kind if array.dtype == object and array.ndim == 0 else f"{kind} of {array.dtype}"
+
+
+def as_dtype(value: DTypeLike) -> np.dtype[Any]:
+    """Return the dtype of a layer: float32 or float64."""
+    try:
+        # NumPy takes None for float64, which nobody means here.
+        dtype = None if value is None else np.dtype(value)
+    except TypeError:
+        dtype = None
+    if dtype is None:
+        raise TypeError(f"dtype: got {value!r}, wanted 'float32' or 'float64'")
+    if dtype not in (np.float32, np.float64):
+        raise ValueError(f"dtype: got {dtype.name!r}, wanted 'float32' or 'float64'")
+    return dtype
+
+
+def as_size(name: str, value: Any) -> int:
+    """Return `value` as an int of at least 1; a bool or a float is none."""
+    size = _as_int(name, value)
+    if size < 1:
+        raise ValueError(f"{name}: got {size}, wanted at least 1")
+    return size
+
+
+def _as_int(name: str, value: Any) -> int:
+    if isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name}: got {value!r}, wanted an integer")
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: got {value!r}, wanted an integer") from None
+
+
+def as_bool(name: str, value: Any) -> bool:
+    """Return `value` as a bool; a number is none."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name}: got {value!r}, wanted True or False")
+    return bool(value)
+
+
+def as_finite(name: str, value: Any) -> float:
+    """Return `value` as a finite float."""
+    if isinstance(value, (bool, np.bool_, str)):
+        raise TypeError(f"{name}: got {value!r}, wanted a number")
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: got {value!r}, wanted a number") from None
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{name}: got {value!r}, wanted a finite number")
+    return number
+
+
+def as_rng(seed: Any) -> np.random.Generator:
+    """Return the generator that `seed` starts; None draws a new seed from the system."""
+    try:
+        return np.random.default_rng(seed)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"seed: got {seed!r}: {error}") from None
+
+
+def check_parameters(what: str, elements: int, arrays: int, dtype: np.dtype[Any]) -> None:
+    """Refuse parameters that no array, or not this machine, can hold; `what` names the sizes."""
+    size = elements * dtype.itemsize
+    if size > _MOST_BYTES:
+        raise ValueError(f"{what}: got sizes whose product overflows ({size} bytes of parameters)")
+    there = _physical_memory()
+    if there is not None and size + arrays * _ARRAY_BYTES > there:
+        raise MemoryError(
+            f"{what}: got {size / 1e9:.1f} GB of parameters, wanted less than the "
+            f"{there / 1e9:.1f} GB of memory that the machine has"
+        )
+
+
+def _physical_memory() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None

@@ -1,0 +1,80 @@
+"""Files a command is about to read or to replace."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from fastbptt.cli.errors import RunError, UsageError
+
+
+def read_bytes(path: str, option: str) -> bytes:
+    """Return the content of `path`; a `UsageError` that names `option` if there is none."""
+    try:
+        content = Path(path).read_bytes()
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{option}: cannot read {path!r}: {_reason(error)}") from error
+    if not content:
+        raise UsageError(f"{option}: {path!r} is empty; wanted text")
+    return content
+
+
+def decode(content: bytes, path: str, option: str) -> str:
+    """Return `content` as UTF-8 text, without a byte order mark."""
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        found = content[error.start]
+        raise UsageError(
+            f"{option}: {path!r} is not UTF-8 text: got byte 0x{found:02x} at offset {error.start}"
+        ) from error
+    offset = content.find(b"\0")
+    if offset >= 0:
+        raise UsageError(
+            f"{option}: {path!r} is binary: got a zero byte at offset {offset}; wanted UTF-8 text"
+        )
+    return text
+
+
+def check_writable(path: str, option: str) -> None:
+    """Find out before the work, rather than after it, that its result could not be written."""
+    target = Path(path)
+    try:
+        is_folder = target.is_dir()
+        folder_is_there = target.parent.is_dir()
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{option}: cannot write {path!r}: {_reason(error)}") from error
+    if is_folder or path.endswith(("/", os.sep)):
+        raise UsageError(f"{option}: {path!r} is a folder; wanted the name of a file")
+    if not folder_is_there:
+        raise UsageError(f"{option}: no folder {str(target.parent)!r} to write {path!r} in")
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise UsageError(f"{option}: the folder {str(target.parent)!r} cannot be written to")
+
+
+def same_file(a: str, b: str) -> bool:
+    """Whether the two names lead to one file, also before it exists."""
+    return os.path.realpath(a) == os.path.realpath(b)
+
+
+def write_json(path: str, content: dict[str, Any]) -> None:
+    """Write `content` under a temporary name and rename it, so that no reader sees half of it."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=2, ensure_ascii=False, allow_nan=False)
+            file.write("\n")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise RunError(f"--json: cannot write {path!r}: {_reason(error)}") from error
+    finally:
+        with suppress(OSError):
+            os.unlink(temporary)
+
+
+def _reason(error: Exception) -> str:
+    """Why a file could not be used, without the path that the message has already."""
+    return (getattr(error, "strerror", None) or str(error)).lower()

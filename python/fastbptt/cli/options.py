@@ -1,0 +1,211 @@
+"""The command line's grammar: commands, options, and what each value may be."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from typing import NoReturn
+
+from fastbptt import __version__
+from fastbptt.cli.errors import UsageError
+from fastbptt.cli.settings import CELLS, DEFAULTS, LEARNING_RATES
+
+DEFAULT_MODEL = "fastbptt.safetensors"
+DEFAULT_STEPS = {"text": 1500, "series": 1000}
+DEFAULT_SECONDS = 90.0
+
+_TEXT = DEFAULTS["text"]
+_SERIES = DEFAULTS["series"]
+
+_TRAIN = f"""\
+Train a network on a text, character by character, or on a column of numbers.
+
+Without FILE the text is that of the Python documentation topics that every CPython carries. A
+character is a Unicode code point. The last tenth is held out: the network never learns from it,
+and the summary says how many bits per character it costs (bpc), beside two yardsticks: all
+characters alike (uniform), and a table of the frequencies in the training part with one added to
+each count (unigram). All three price the same characters: those of the whole text, so that one
+that occurs in the held-out part alone is paid for in full by each of them.
+
+The text is cut into --batch streams that are read side by side, --k1 characters an update; the
+state goes from one update into the next. With --k2 above --k1 the gradient of those characters
+reaches back over the --k2 characters that end with them.
+
+Without --steps and --seconds training ends after {DEFAULT_STEPS["text"]} updates
+({DEFAULT_STEPS["series"]} for a series) or {DEFAULT_SECONDS:.0f} seconds. Ctrl-C ends it early and
+saves the model; --resume goes on from there, to the bits of a run that was never stopped (on the
+same machine, with the same number of threads)."""
+
+_SAMPLE = "Write text with a model that `fastbptt train` has saved."
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message.removeprefix("argument "))
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line; it raises `UsageError`."""
+    top = _Parser(
+        prog="fastbptt",
+        description="Train recurrent networks on the CPU by backpropagation through time.",
+        allow_abbrev=False,
+    )
+    top.add_argument("--version", action="version", version=f"fastbptt {__version__}")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_train(
+        commands.add_parser(
+            "train",
+            help="train a network on a text or a series and save it",
+            description=_TRAIN,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+    )
+    _add_sample(
+        commands.add_parser(
+            "sample",
+            help="write text with a saved model",
+            description=_SAMPLE,
+            allow_abbrev=False,
+        )
+    )
+    return top
+
+
+def _add_train(train: argparse.ArgumentParser) -> None:
+    train.add_argument("file", nargs="?", metavar="FILE", help="a UTF-8 text")
+
+    data = train.add_argument_group("a series in place of a text")
+    data.add_argument("--series", metavar="FILE.csv", help="a table whose first line names columns")
+    data.add_argument(
+        "--column",
+        metavar="NAME",
+        help="the numeric column to forecast one row ahead; scaled by the mean and deviation of "
+        "its training part, its last tenth is held out",
+    )
+
+    net = train.add_argument_group("the network")
+    net.add_argument("--cell", choices=CELLS, help=f"default {_TEXT['cell']}")
+    net.add_argument("--hidden", type=whole(1), metavar="N", help=_default("hidden"))
+    net.add_argument(
+        "--embedding",
+        type=whole(1),
+        metavar="N",
+        help=f"numbers that stand for a character, default {_TEXT['embedding']} (text only)",
+    )
+    net.add_argument("--layers", type=whole(1), metavar="N", help=_default("layers"))
+
+    how = train.add_argument_group("training")
+    how.add_argument(
+        "--batch", type=whole(1), metavar="N", help=f"streams side by side, {_default('batch')}"
+    )
+    how.add_argument("--k1", type=whole(1), metavar="N", help=f"steps an update, {_default('k1')}")
+    how.add_argument(
+        "--k2", type=whole(1), metavar="N", help="steps the gradient reaches back, default k1"
+    )
+    how.add_argument(
+        "--optimizer", choices=tuple(LEARNING_RATES), help=f"default {_TEXT['optimizer']}"
+    )
+    rates = ", ".join(f"{rate:g} for {name}" for name, rate in LEARNING_RATES.items())
+    how.add_argument(
+        "--lr", type=real(0.0, above=True), metavar="X", help=f"learning rate, default {rates}"
+    )
+    how.add_argument(
+        "--lr-decay",
+        type=whole(0),
+        metavar="N",
+        help="updates after which the learning rate is a half, after twice as many a third, and "
+        f"so on; 0: it stays, {_default('lr_decay')}",
+    )
+    how.add_argument(
+        "--clip",
+        type=real(0.0),
+        metavar="X",
+        help=f"largest norm of the gradient, 0 for none, {_default('clip')}",
+    )
+    how.add_argument(
+        "--seed", type=whole(0), metavar="N", help=f"of the first weights, {_default('seed')}"
+    )
+    how.add_argument(
+        "--threads", type=whole(1, 4096), metavar="N", help="default: all that the process may use"
+    )
+    how.add_argument(
+        "--steps", type=whole(1), metavar="N", help="updates in total, those before --resume too"
+    )
+    how.add_argument(
+        "--seconds",
+        type=real(0.0, above=True),
+        metavar="X",
+        help="wall time to train for, in this command",
+    )
+
+    out = train.add_argument_group("files")
+    out.add_argument(
+        "--save",
+        metavar="MODEL",
+        help=f"default {DEFAULT_MODEL} in this folder, or the file that --resume names",
+    )
+    out.add_argument(
+        "--resume",
+        metavar="MODEL",
+        help="go on with a saved run, by its own settings and on its own text",
+    )
+    out.add_argument("--json", metavar="FILE", help="write the summary here too, as JSON")
+
+
+def _add_sample(sample: argparse.ArgumentParser) -> None:
+    sample.add_argument("model", metavar="MODEL", help="a file that `fastbptt train` has saved")
+    sample.add_argument("--prompt", default="", metavar="TEXT", help="the text to go on from")
+    sample.add_argument(
+        "--length", type=whole(0), default=500, metavar="N", help="characters, default 500"
+    )
+    sample.add_argument(
+        "--temperature",
+        type=real(0.0),
+        default=0.8,
+        metavar="X",
+        help="below 1 likelier characters, above 1 wilder ones, 0 always the likeliest; "
+        "default 0.8",
+    )
+    sample.add_argument("--seed", type=whole(0), metavar="N", help="default: another each time")
+
+
+def whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    """Return a reader of whole numbers of at least `least` and at most `most`."""
+    wanted = f"a whole number of at least {least}"
+    if most is not None:
+        wanted = f"a whole number from {least} to {most}"
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least or (most is not None and value > most):
+            raise argparse.ArgumentTypeError(f"got {text!r}, wanted {wanted}")
+        return value
+
+    return read
+
+
+def real(least: float, *, above: bool = False) -> Callable[[str], float]:
+    """Return a reader of finite numbers of at least `least`, or above it."""
+    wanted = f"a number above {least:g}" if above else f"a number of at least {least:g}"
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or value < least or (above and value == least):
+            raise argparse.ArgumentTypeError(f"got {text!r}, wanted {wanted}")
+        return value
+
+    return read
+
+
+def _default(name: str) -> str:
+    text, series = _TEXT[name], _SERIES[name]
+    return f"default {text}" if text == series else f"default {text} ({series} for a series)"

@@ -1,0 +1,200 @@
+"""The numbers that parameters start from; each function fills arrays in place.
+
+The draws are float64 and then rounded, so that the float32 and the float64 layer of one seed start
+from the same point.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from fastbptt._arrays import Array
+
+# Elements drawn at a time, so that float64 draws for a large float32 matrix stay small.
+_BLOCK = 1 << 17
+
+
+def uniform(array: Array, bound: float, rng: np.random.Generator) -> None:
+    """Fill with the uniform distribution over `[-bound, bound)`.
+
+    Parameters
+    ----------
+    array : ndarray
+        C-contiguous, float32 or float64, any shape; written.
+    bound : float
+        Not negative.
+    rng : numpy.random.Generator
+        Where the numbers come from.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastbptt import initialisers
+    >>> weight = np.empty((20, 5), np.float32)
+    >>> initialisers.uniform(weight, 0.1, np.random.default_rng(0))
+    >>> bool(np.abs(weight).max() <= np.float32(0.1))
+    True
+    """
+    _fill(array, lambda n: rng.uniform(-bound, bound, n))
+
+
+def normal(array: Array, rng: np.random.Generator) -> None:
+    """Fill with the normal distribution of mean 0 and variance 1.
+
+    Parameters
+    ----------
+    array : ndarray
+        C-contiguous, float32 or float64, any shape; written.
+    rng : numpy.random.Generator
+        Where the numbers come from.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastbptt import initialisers
+    >>> table = np.empty((100, 100), np.float32)
+    >>> initialisers.normal(table, np.random.default_rng(0))
+    >>> round(float(table.std()), 1)
+    1.0
+    """
+    _fill(array, rng.standard_normal)
+
+
+def orthogonal(array: Array, rng: np.random.Generator) -> None:
+    """Fill a square matrix with a random orthogonal one (Saxe et al. 2014).
+
+    Parameters
+    ----------
+    array : ndarray
+        `[H, H]`, float32 or float64; written.
+    rng : numpy.random.Generator
+        Where the numbers come from.
+
+    Notes
+    -----
+    Q of the QR decomposition of a matrix of normal numbers, its columns signed by the diagonal of
+    R, is distributed evenly over the orthogonal matrices.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastbptt import initialisers
+    >>> weight = np.empty((5, 5))
+    >>> initialisers.orthogonal(weight, np.random.default_rng(0))
+    >>> bool(np.allclose(weight @ weight.T, np.eye(5)))
+    True
+    """
+    q, r = np.linalg.qr(rng.standard_normal(array.shape))
+    array[...] = q * np.where(np.diagonal(r) < 0.0, -1.0, 1.0)
+
+
+def uniform_layers(
+    weights: Mapping[str, Array], hidden_size: int, rng: np.random.Generator
+) -> None:
+    """Fill recurrent layers as PyTorch does: uniform over `[-1/sqrt(H), 1/sqrt(H))`.
+
+    Parameters
+    ----------
+    weights : mapping of str to ndarray
+        The parameters of the layers, `weight_ih_l0` and so on; written.
+    hidden_size : int
+        H.
+    rng : numpy.random.Generator
+        Where the numbers come from.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastbptt import initialisers
+    >>> weights = {"weight_ih_l0": np.empty((4, 3)), "weight_hh_l0": np.empty((4, 4))}
+    >>> initialisers.uniform_layers(weights, 4, np.random.default_rng(0))
+    >>> bool(np.abs(weights["weight_ih_l0"]).max() <= 0.5)
+    True
+    """
+    bound = 1.0 / math.sqrt(hidden_size)
+    for weight in weights.values():
+        uniform(weight, bound, rng)
+
+
+def orthogonal_layers(
+    weights: Mapping[str, Array], hidden_size: int, rng: np.random.Generator
+) -> None:
+    """Fill recurrent layers so that signals keep their size from step to step.
+
+    The recurrent matrix of each gate is orthogonal (Saxe et al. 2014), the input matrix of each
+    gate uniform over `[-b, b)` with `b = sqrt(6 / (I + H))` (Glorot & Bengio 2010), biases zero.
+
+    Parameters
+    ----------
+    weights : mapping of str to ndarray
+        The parameters of the layers, `weight_ih_l0` and so on; written.
+    hidden_size : int
+        H.
+    rng : numpy.random.Generator
+        Where the numbers come from.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastbptt import initialisers
+    >>> weights = {"weight_hh_l0": np.empty((8, 4)), "bias_hh_l0": np.empty(8)}
+    >>> initialisers.orthogonal_layers(weights, 4, np.random.default_rng(0))
+    >>> first, second = np.split(weights["weight_hh_l0"], 2)
+    >>> bool(np.allclose(first @ first.T, np.eye(4)) and np.allclose(second @ second.T, np.eye(4)))
+    True
+    """
+    for name, weight in weights.items():
+        if name.startswith("weight_hh"):
+            for gate in weight.reshape(-1, hidden_size, hidden_size):
+                orthogonal(gate, rng)
+        elif name.startswith("weight_ih"):
+            uniform(weight, math.sqrt(6.0 / (weight.shape[1] + hidden_size)), rng)
+        else:
+            weight.fill(0.0)
+
+
+def forget_bias(weights: Mapping[str, Array], hidden_size: int, value: float) -> None:
+    """Set the bias of an LSTM's forget gate to `value` (Gers et al. 2000, Jozefowicz et al. 2015).
+
+    The two biases of a gate add up: `value` goes into `bias_ih`, and `bias_hh` becomes zero.
+
+    Parameters
+    ----------
+    weights : mapping of str to ndarray
+        The parameters of LSTM layers, `bias_ih_l0` and so on; written.
+    hidden_size : int
+        H; gates are stacked as i, f, g, o.
+    value : float
+        The bias; 1 is usual, more lets the cell remember for longer from the start.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastbptt import initialisers
+    >>> weights = {"bias_ih_l0": np.zeros(8), "bias_hh_l0": np.ones(8)}
+    >>> initialisers.forget_bias(weights, 2, 1.0)
+    >>> weights["bias_ih_l0"].tolist()
+    [0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+    """
+    forget = slice(hidden_size, 2 * hidden_size)
+    for name, weight in weights.items():
+        if name.startswith("bias_ih"):
+            weight[forget] = value
+        elif name.startswith("bias_hh"):
+            weight[forget] = 0.0
+
+
+LAYERS: dict[str, Callable[[Mapping[str, Array], int, np.random.Generator], None]] = {
+    "uniform": uniform_layers,
+    "orthogonal": orthogonal_layers,
+}
+
+
+def _fill(array: Array, draw: Callable[[int], Array]) -> None:
+    flat = array.reshape(-1)
+    for start in range(0, flat.size, _BLOCK):
+        block = flat[start : start + _BLOCK]
+        block[...] = draw(block.size)

@@ -1,0 +1,584 @@
+"""The recurrent layers: RNN, LSTM and GRU, with the names, shapes and gate order of PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, Generic, Literal, cast, overload
+
+import numpy as np
+from numpy import ndarray
+from numpy.typing import ArrayLike, DTypeLike
+
+from fastbptt import initialisers
+from fastbptt._arrays import (
+    Array,
+    as_array,
+    as_bool,
+    as_dtype,
+    as_finite,
+    as_rng,
+    as_size,
+    check_parameters,
+)
+from fastbptt._core import Stack, Tape
+from fastbptt._part import Gradients, Part, StateT
+
+
+class Recurrent(Part, Generic[StateT]):
+    """What RNN, LSTM and GRU have in common: a stack of layers that run through time.
+
+    Attributes
+    ----------
+    input_size, hidden_size, num_layers : int
+        I, H and L.
+    bias, batch_first : bool
+        As given to the constructor.
+    dtype : numpy.dtype
+        float32 or float64.
+    """
+
+    input_size: int
+    hidden_size: int
+    num_layers: int
+    bias: bool
+    batch_first: bool
+    _gates: ClassVar[int]
+    _transient = ("_stack", "_advance")
+    _stack: Stack
+    _advance: Callable[[Any, Any], tuple[Array, StateT]]
+
+    def _set_sizes(
+        self,
+        *,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int,
+        bias: bool,
+        batch_first: bool,
+        dtype: DTypeLike,
+    ) -> None:
+        self.input_size = as_size("input_size", input_size)
+        self.hidden_size = as_size("hidden_size", hidden_size)
+        self.num_layers = as_size("num_layers", num_layers)
+        self.bias = as_bool("bias", bias)
+        self.batch_first = as_bool("batch_first", batch_first)
+        self.dtype = as_dtype(dtype)
+        L, I, H = self.num_layers, self.input_size, self.hidden_size  # noqa: E741
+        columns = (I + H) + (L - 1) * 2 * H + (2 * L if self.bias else 0)
+        check_parameters(
+            f"input_size={I}, hidden_size={H}, num_layers={L}",
+            self._gates * H * columns,
+            L * (4 if self.bias else 2),
+            self.dtype,
+        )
+
+    def _initialise(self, init: str, seed: Any) -> None:
+        if init not in initialisers.LAYERS:
+            raise ValueError(f"init: got {init!r}, wanted 'uniform' or 'orthogonal'")
+        rng = as_rng(seed)
+        self._allocate()
+        initialisers.LAYERS[init](self._weights, self.hidden_size, rng)
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "input_size": self.input_size,
+            "hidden_size": self.hidden_size,
+            "num_layers": self.num_layers,
+            "bias": self.bias,
+            "batch_first": self.batch_first,
+            "dtype": self.dtype.name,
+        }
+
+    def _shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        rows, H = self._gates * self.hidden_size, self.hidden_size
+        for layer in range(self.num_layers):
+            yield f"weight_ih_l{layer}", (rows, H if layer else self.input_size)
+            yield f"weight_hh_l{layer}", (rows, H)
+            if self.bias:
+                yield f"bias_ih_l{layer}", (rows,)
+                yield f"bias_hh_l{layer}", (rows,)
+
+    def _cell(self) -> str:
+        raise NotImplementedError
+
+    def _connect(self) -> None:
+        self._stack = Stack(
+            self._cell(),
+            self.input_size,
+            self.hidden_size,
+            self.num_layers,
+            self.batch_first,
+            self.dtype.name,
+            [
+                self._weights.get(f"{kind}_l{layer}")
+                for layer in range(self.num_layers)
+                for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+            ],
+        )
+        self._advance = cast("Callable[[Any, Any], tuple[Array, StateT]]", self._stack.advance)
+
+    def _as_state(self, name: str, state: Any) -> Any:
+        if type(state) is tuple:
+            raise TypeError(
+                f"{name}: got a tuple, wanted an array [L, B, H]; a tuple (h, c) is that of an LSTM"
+            )
+        return as_array(name, state, self.dtype)
+
+    # A step of a small layer takes a few microseconds, so arrays go to the core as they come.
+    def __call__(self, x: ArrayLike, state: ArrayLike | None = None) -> tuple[Array, StateT]:
+        """Run through time, keeping nothing for a gradient.
+
+        Parameters
+        ----------
+        x : array_like
+            Input `[T, B, I]`, or `[B, T, I]` with `batch_first`; T may be 0.
+        state : array_like, optional
+            The state before the first step; zeros by default. For RNN and GRU h `[L, B, H]`, for
+            LSTM a tuple `(h, c)` of two such arrays.
+
+        Returns
+        -------
+        y : ndarray
+            The output h of the last layer at each step, `[T, B, H]`, or `[B, T, H]`.
+        state : ndarray or tuple of ndarray
+            The state after the last step, to go on from in the next call.
+
+        Raises
+        ------
+        ValueError
+            A shape is wrong.
+        TypeError
+            A dtype is wrong, or something that is no array.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import fastbptt as fb
+        >>> layer = fb.GRU(3, 4, seed=0)
+        >>> x = np.ones((10, 2, 3), np.float32)
+        >>> y, state = layer(x)
+        >>> y_1, state_1 = layer(x[:6])
+        >>> y_2, state_2 = layer(x[6:], state_1)
+        >>> bool(np.allclose(y, np.concatenate([y_1, y_2])))
+        True
+        """
+        if type(x) is not ndarray:
+            x = as_array("x", x, self.dtype)
+        if state is not None and type(state) is not ndarray:
+            state = self._as_state("state", state)
+        return self._advance(x, state)
+
+    @overload
+    def forward(
+        self, x: ArrayLike, state: ArrayLike | None = None, training: Literal[True] = True
+    ) -> tuple[Array, StateT, Tape]: ...
+    @overload
+    def forward(
+        self, x: ArrayLike, state: ArrayLike | None, training: Literal[False]
+    ) -> tuple[Array, StateT, None]: ...
+    @overload
+    def forward(
+        self, x: ArrayLike, state: ArrayLike | None = None, *, training: Literal[False]
+    ) -> tuple[Array, StateT, None]: ...
+    @overload
+    def forward(
+        self, x: ArrayLike, state: ArrayLike | None = None, training: bool = True
+    ) -> tuple[Array, StateT, Tape | None]: ...
+    def forward(
+        self, x: ArrayLike, state: ArrayLike | None = None, training: bool = True
+    ) -> tuple[Array, StateT, Tape | None]:
+        """Run through time and keep what `backward` needs.
+
+        The tape refers to x, state and y without copying them: until `backward` they, and the
+        weights, must stay as they are. y is read-only for that reason.
+
+        Parameters
+        ----------
+        x : array_like
+            Input `[T, B, I]`, or `[B, T, I]` with `batch_first`; T may be 0.
+        state : array_like, optional
+            The state before the first step; zeros by default. For RNN and GRU h `[L, B, H]`, for
+            LSTM a tuple `(h, c)` of two such arrays.
+        training : bool
+            Without it no tape is made, and None takes its place.
+
+        Returns
+        -------
+        y : ndarray
+            The output h of the last layer at each step, `[T, B, H]`, or `[B, T, H]`.
+        state : ndarray or tuple of ndarray
+            The state after the last step.
+        tape : Tape
+            For one call of `backward`; `tape.nbytes` says what it holds beside x and y.
+
+        Raises
+        ------
+        ValueError
+            A shape is wrong.
+        TypeError
+            A dtype is wrong, or something that is no array.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import fastbptt as fb
+        >>> layer = fb.LSTM(3, 4, seed=0)
+        >>> y, (h, c), tape = layer.forward(np.ones((10, 2, 3), np.float32))
+        >>> y.shape, h.shape, c.shape
+        ((10, 2, 4), (1, 2, 4), (1, 2, 4))
+        """
+        if type(x) is not ndarray:
+            x = as_array("x", x, self.dtype)
+        if state is not None and type(state) is not ndarray:
+            state = self._as_state("state", state)
+        if not as_bool("training", training):
+            return (*self._advance(x, state), None)
+        y, last, tape = self._stack.record(x, cast(Any, state))
+        y.flags.writeable = False
+        return y, cast(StateT, last), tape
+
+    def backward(
+        self,
+        tape: Tape,
+        grad_y: ArrayLike | None = None,
+        grad_state: ArrayLike | None = None,
+        *,
+        need_x: bool = True,
+    ) -> Gradients[StateT]:
+        """Run back through the time that `tape` recorded, and use the tape up.
+
+        Parameters
+        ----------
+        tape : Tape
+            What `forward` of this very layer returned.
+        grad_y : array_like, optional
+            Gradient of the loss with respect to y, of its shape; zeros by default.
+        grad_state : array_like, optional
+            Gradient of the loss with respect to the state after the last step, in the form of the
+            state; zeros by default. For truncated backpropagation leave it out.
+        need_x : bool
+            Whether the gradient with respect to the input is wanted; without it some work is saved.
+
+        Returns
+        -------
+        Gradients
+            `x`, `state` (before the first step) and `weights`.
+
+        Raises
+        ------
+        ValueError
+            A shape is wrong, or the tape is used up or another layer's.
+        TypeError
+            A dtype is wrong, or something that is no array, or no tape.
+
+        Notes
+        -----
+        The error at a step is that of its own output and what comes back from the step behind it
+        (Werbos 1990): `dL/dh_t = dL/dy_t + (dL/dh_t through step t+1)`.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import fastbptt as fb
+        >>> layer = fb.RNN(3, 4, seed=0)
+        >>> y, state, tape = layer.forward(np.ones((10, 2, 3), np.float32))
+        >>> grads = layer.backward(tape, np.ones_like(y))  # of y.sum()
+        >>> grads.x.shape, grads.state.shape, grads.weights["weight_ih_l0"].shape
+        ((10, 2, 3), (1, 2, 4), (4, 3))
+        """
+        if not isinstance(tape, Tape):
+            raise TypeError(
+                f"tape: got {type(tape).__name__}, wanted what forward(training=True) returned"
+            )
+        if grad_y is not None and type(grad_y) is not ndarray:
+            grad_y = as_array("grad_y", grad_y, self.dtype)
+        if grad_state is not None and type(grad_state) is not ndarray:
+            grad_state = self._as_state("grad_state", grad_state)
+        x, state, weights = self._stack.reverse(
+            tape, cast(Any, grad_y), cast(Any, grad_state), as_bool("need_x", need_x)
+        )
+        # The core lists four a layer, None for a bias that is not there.
+        found = (grad for grad in weights if grad is not None)
+        return Gradients(x, cast(StateT, state), dict(zip(self._weights, found, strict=True)))
+
+    def _arguments(self) -> list[str]:
+        shown = [f"{self.input_size}", f"{self.hidden_size}"]
+        if self.num_layers != 1:
+            shown.append(f"num_layers={self.num_layers}")
+        if not self.bias:
+            shown.append("bias=False")
+        if self.batch_first:
+            shown.append("batch_first=True")
+        if self.dtype != np.float32:
+            shown.append(f"dtype={self.dtype.name!r}")
+        return shown
+
+
+class RNN(Recurrent[Array]):
+    """Layers of `h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh)`, or relu (Elman 1990).
+
+    Parameters
+    ----------
+    input_size, hidden_size : int
+        I and H.
+    num_layers : int
+        L; each layer but the first takes the output of the one below.
+    nonlinearity : {"tanh", "relu"}
+        What the sum goes through.
+    bias : bool
+        Whether there are `b_ih` and `b_hh`.
+    batch_first : bool
+        Whether x and y have the batch before time: `[B, T, .]`. States stay `[L, B, H]`.
+    dtype : {"float32", "float64"}
+        Of parameters, inputs and results.
+    seed : int, optional
+        Of the initial parameters; a new one each time by default.
+    init : {"uniform", "orthogonal"}
+        PyTorch's default, or orthogonal recurrent matrices (Saxe et al. 2014).
+
+    Raises
+    ------
+    ValueError
+        A size is not positive, sizes overflow, or a choice is unknown.
+    TypeError
+        A size is no integer, or a switch no bool.
+    MemoryError
+        The machine cannot hold the parameters.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastbptt as fb
+    >>> layer = fb.RNN(3, 4, nonlinearity="relu", seed=0)
+    >>> y, h = layer(np.ones((10, 2, 3), np.float32))
+    >>> y.shape, h.shape
+    ((10, 2, 4), (1, 2, 4))
+    >>> sorted(layer.weights)
+    ['bias_hh_l0', 'bias_ih_l0', 'weight_hh_l0', 'weight_ih_l0']
+    """
+
+    kind = "RNN"
+    nonlinearity: str
+    _gates = 1
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        *,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dtype: DTypeLike = "float32",
+        seed: Any = None,
+        init: str = "uniform",
+    ) -> None:
+        self._configure(
+            input_size=input_size,
+            hidden_size=hidden_size,
+            num_layers=num_layers,
+            nonlinearity=nonlinearity,
+            bias=bias,
+            batch_first=batch_first,
+            dtype=dtype,
+        )
+        self._initialise(init, seed)
+
+    def _configure(self, *, nonlinearity: str, **settings: Any) -> None:
+        if nonlinearity not in ("tanh", "relu"):
+            raise ValueError(f"nonlinearity: got {nonlinearity!r}, wanted 'tanh' or 'relu'")
+        self.nonlinearity = nonlinearity
+        self._set_sizes(**settings)
+
+    def _settings(self) -> dict[str, Any]:
+        return {**super()._settings(), "nonlinearity": self.nonlinearity}
+
+    def _cell(self) -> str:
+        return f"rnn_{self.nonlinearity}"
+
+    def _arguments(self) -> list[str]:
+        other = [] if self.nonlinearity == "tanh" else [f"nonlinearity={self.nonlinearity!r}"]
+        return super()._arguments() + other
+
+
+class LSTM(Recurrent[tuple[Array, Array]]):
+    """Long short-term memory (Hochreiter & Schmidhuber 1997; forget gate Gers et al. 2000).
+
+    With `a = W_ih x_t + b_ih`, `u = W_hh h_{t-1} + b_hh` and the logistic function s:
+    `i, f, o = s(a + u)`, `g = tanh(a + u)`, `c_t = f*c_{t-1} + i*g`, `h_t = o*tanh(c_t)`;
+    the gates are stacked along the rows of the parameters in the order i, f, g, o.
+
+    Parameters
+    ----------
+    input_size, hidden_size : int
+        I and H.
+    num_layers : int
+        L; each layer but the first takes the output of the one below.
+    bias : bool
+        Whether there are `b_ih` and `b_hh`.
+    batch_first : bool
+        Whether x and y have the batch before time: `[B, T, .]`. States stay `[L, B, H]`.
+    dtype : {"float32", "float64"}
+        Of parameters, inputs and results.
+    seed : int, optional
+        Of the initial parameters; a new one each time by default.
+    init : {"uniform", "orthogonal"}
+        PyTorch's default, or orthogonal recurrent matrices (Saxe et al. 2014).
+    forget_bias : float, optional
+        Initial bias of the forget gate, in `bias_ih`, with zero in `bias_hh`; 1 is usual
+        (Jozefowicz et al. 2015). By default it is drawn as the others are.
+
+    Raises
+    ------
+    ValueError
+        A size is not positive, sizes overflow, a choice is unknown, or `forget_bias` has no bias.
+    TypeError
+        A size is no integer, or a switch no bool.
+    MemoryError
+        The machine cannot hold the parameters.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastbptt as fb
+    >>> layer = fb.LSTM(3, 4, num_layers=2, forget_bias=1.0, seed=0)
+    >>> y, (h, c) = layer(np.ones((10, 2, 3), np.float32))
+    >>> y.shape, h.shape, c.shape
+    ((10, 2, 4), (2, 2, 4), (2, 2, 4))
+    >>> layer.weights["bias_ih_l1"][4:8].tolist()
+    [1.0, 1.0, 1.0, 1.0]
+    """
+
+    kind = "LSTM"
+    _gates = 4
+    _configure = Recurrent._set_sizes
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        *,
+        bias: bool = True,
+        batch_first: bool = False,
+        dtype: DTypeLike = "float32",
+        seed: Any = None,
+        init: str = "uniform",
+        forget_bias: float | None = None,
+    ) -> None:
+        self._configure(
+            input_size=input_size,
+            hidden_size=hidden_size,
+            num_layers=num_layers,
+            bias=bias,
+            batch_first=batch_first,
+            dtype=dtype,
+        )
+        value = None if forget_bias is None else as_finite("forget_bias", forget_bias)
+        if value is not None and not self.bias:
+            raise ValueError(f"forget_bias: got {forget_bias!r} with bias=False, wanted None")
+        self._initialise(init, seed)
+        if value is not None:
+            initialisers.forget_bias(self._weights, self.hidden_size, value)
+
+    def _cell(self) -> str:
+        return "lstm"
+
+    def _as_state(self, name: str, state: Any) -> Any:
+        if (type(state) is tuple or type(state) is list) and len(state) == 2:
+            h, c = state
+            if type(h) is ndarray and type(c) is ndarray:
+                return state
+            return as_array(f"{name}[0]", h, self.dtype), as_array(f"{name}[1]", c, self.dtype)
+        return state  # the core says what is wanted
+
+
+class GRU(Recurrent[Array]):
+    """Gated recurrent unit (Cho et al. 2014).
+
+    With `a = W_ih x_t + b_ih`, `u = W_hh h_{t-1} + b_hh` and the logistic function s:
+    `r, z = s(a + u)`, `n = tanh(a_n + r*u_n)`, `h_t = (1 - z)*n + z*h_{t-1}`;
+    the gates are stacked along the rows of the parameters in the order r, z, n.
+
+    Parameters
+    ----------
+    input_size, hidden_size : int
+        I and H.
+    num_layers : int
+        L; each layer but the first takes the output of the one below.
+    reset_after : bool
+        Whether r acts on the product, as above and as in PyTorch and cuDNN, or before it, as in the
+        first paper: `n = tanh(a_n + W_hn (r*h_{t-1}) + b_hn)`.
+    bias : bool
+        Whether there are `b_ih` and `b_hh`.
+    batch_first : bool
+        Whether x and y have the batch before time: `[B, T, .]`. States stay `[L, B, H]`.
+    dtype : {"float32", "float64"}
+        Of parameters, inputs and results.
+    seed : int, optional
+        Of the initial parameters; a new one each time by default.
+    init : {"uniform", "orthogonal"}
+        PyTorch's default, or orthogonal recurrent matrices (Saxe et al. 2014).
+
+    Raises
+    ------
+    ValueError
+        A size is not positive, sizes overflow, or a choice is unknown.
+    TypeError
+        A size is no integer, or a switch no bool.
+    MemoryError
+        The machine cannot hold the parameters.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastbptt as fb
+    >>> layer = fb.GRU(3, 4, batch_first=True, seed=0)
+    >>> layer
+    GRU(3, 4, batch_first=True)
+    >>> y, h = layer(np.ones((2, 10, 3), np.float32))
+    >>> y.shape, h.shape
+    ((2, 10, 4), (1, 2, 4))
+    """
+
+    kind = "GRU"
+    reset_after: bool
+    _gates = 3
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        *,
+        reset_after: bool = True,
+        bias: bool = True,
+        batch_first: bool = False,
+        dtype: DTypeLike = "float32",
+        seed: Any = None,
+        init: str = "uniform",
+    ) -> None:
+        self._configure(
+            input_size=input_size,
+            hidden_size=hidden_size,
+            num_layers=num_layers,
+            reset_after=reset_after,
+            bias=bias,
+            batch_first=batch_first,
+            dtype=dtype,
+        )
+        self._initialise(init, seed)
+
+    def _configure(self, *, reset_after: bool, **settings: Any) -> None:
+        self.reset_after = as_bool("reset_after", reset_after)
+        self._set_sizes(**settings)
+
+    def _settings(self) -> dict[str, Any]:
+        return {**super()._settings(), "reset_after": self.reset_after}
+
+    def _cell(self) -> str:
+        return "gru" if self.reset_after else "gru_reset_before"
+
+    def _arguments(self) -> list[str]:
+        return super()._arguments() + ([] if self.reset_after else ["reset_after=False"])

@@ -1,0 +1,242 @@
+"""Losses over a sequence, taken a segment at a time.
+
+The readout belongs to the loss here: the two run together over blocks of rows, so that the outputs
+of all steps never exist at once. Segments are scaled so that their losses add up to that of the
+whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+
+from fastbptt import _core
+from fastbptt._arrays import Array, as_array, from_any
+from fastbptt.linear import Linear
+from fastbptt.model import Model
+
+LossFunction: TypeAlias = Callable[[Array, Any, slice], tuple[float, Array]]
+Loss: TypeAlias = str | LossFunction
+
+# Class numbers that are checked at a time, so that no array as long as the sequence is made.
+_CHECKED_AT_ONCE = 1 << 13
+
+
+class Objective(Protocol):
+    """The loss of one sequence, readout included, ready to be taken in segments."""
+
+    def __call__(
+        self, y: Array, begin: int, end: int, grads: dict[str, Array] | None
+    ) -> tuple[float, Array | None]:
+        """Return what the steps `[begin, end)` add to the loss, and the gradient.
+
+        Parameters
+        ----------
+        y : ndarray
+            The recurrent layer's output at these steps, and at no others.
+        begin, end : int
+            Where they are in the sequence.
+        grads : dict of str to ndarray or None
+            Gradients of the readout's parameters, which are added to. None: the loss alone.
+
+        Returns
+        -------
+        value : float
+        grad_y : ndarray or None
+            None if `grads` is.
+        """
+
+
+def cut(array: Any, begin: int, end: int, batch_first: bool) -> Any:
+    """Return the steps `[begin, end)` of an array that has time first, or behind the batch."""
+    return array[:, begin:end] if batch_first else array[begin:end]
+
+
+def make_objective(
+    loss: Loss, model: Model, target: Any, T: int, B: int, ignore_index: int
+) -> Objective:
+    """Return the loss of `T` steps of `B` rows, its target checked as a whole.
+
+    Raises
+    ------
+    ValueError
+        The name of the loss, the shape of the target or a class is wrong, or no target counts.
+    TypeError
+        The loss is no name and cannot be called, or the target has the wrong dtype.
+    """
+    if isinstance(loss, str):
+        if loss not in ("cross_entropy", "mse"):
+            raise ValueError(f"loss: got {loss!r}, wanted 'cross_entropy', 'mse' or a callable")
+        if loss == "mse":
+            return _MeanSquare(model, target, T, B)
+        return _CrossEntropy(model, target, T, B, ignore_index)
+    if callable(loss):
+        return _Custom(loss, model, target, T, B)
+    raise TypeError(f"loss: got {type(loss).__name__}, wanted 'cross_entropy', 'mse' or a callable")
+
+
+def _width(model: Model) -> int:
+    """Return the size of one output."""
+    if model.readout is None:
+        return model.recurrent.hidden_size
+    return model.readout.out_features
+
+
+def _leading(model: Model, T: int, B: int) -> tuple[int, int]:
+    return (B, T) if model.batch_first else (T, B)
+
+
+def _no_target(target: str) -> ValueError:
+    return ValueError(f"target: no target counts: got {target}, wanted at least one that does")
+
+
+class _Fused:
+    """Readout and loss in one pass, by the core; `scale` makes the sum over segments the mean."""
+
+    kind: str
+    ignore_index = 0
+    scale: float
+
+    def __init__(self, model: Model, target: Array) -> None:
+        self._weights = {} if model.readout is None else model.readout.weights
+        self._target = target
+        self._batch_first = model.batch_first
+
+    def _cut(self, begin: int, end: int) -> Array:
+        segment: Array = cut(self._target, begin, end, self._batch_first)
+        return segment
+
+    def __call__(
+        self, y: Array, begin: int, end: int, grads: dict[str, Array] | None
+    ) -> tuple[float, Array | None]:
+        into = grads or {}
+        return _core.readout_loss(
+            self.kind,
+            y,
+            self._weights.get("weight"),
+            self._weights.get("bias"),
+            self._cut(begin, end),
+            self.scale,
+            self.ignore_index,
+            into.get("weight"),
+            into.get("bias"),
+            grads is not None,
+        )
+
+
+class _MeanSquare(_Fused):
+    """The mean of the squared differences."""
+
+    kind = "mse"
+
+    def __init__(self, model: Model, target: Any, T: int, B: int) -> None:
+        array = as_array("target", target, model.dtype)
+        wanted = (*_leading(model, T, B), _width(model))
+        if array.shape != wanted:
+            raise ValueError(f"target: got shape {array.shape}, wanted {wanted}")
+        if array.dtype != model.dtype:
+            raise TypeError(f"target: got dtype {array.dtype}, wanted {model.dtype}")
+        if array.size == 0:
+            raise _no_target(f"shape {array.shape}")
+        super().__init__(model, array)
+        self.scale = 1.0 / array.size
+
+
+class _CrossEntropy(_Fused):
+    """The mean of the negative log-likelihoods of the classes that are not `ignore_index`."""
+
+    kind = "cross_entropy"
+
+    def __init__(self, model: Model, target: Any, T: int, B: int, ignore_index: int) -> None:
+        if isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, np.integer)):
+            raise TypeError(f"ignore_index: got {ignore_index!r}, wanted an integer")
+        array = from_any("target", target)
+        wanted = _leading(model, T, B)
+        if array.shape != wanted:
+            raise ValueError(f"target: got shape {array.shape}, wanted class numbers {wanted}")
+        if array.size == 0:
+            raise _no_target(f"shape {array.shape}")
+        if array.dtype.kind not in "iu":
+            raise TypeError(f"target: got dtype {array.dtype}, wanted class numbers, integers")
+        super().__init__(model, array)
+        self.ignore_index = int(ignore_index)
+        count = self._count(_width(model))
+        if count == 0:
+            raise _no_target(f"ignore_index = {self.ignore_index} everywhere")
+        self.scale = 1.0 / count
+
+    def _cut(self, begin: int, end: int) -> Array:
+        return super()._cut(begin, end).astype(np.int64, copy=False)
+
+    def _count(self, classes: int) -> int:
+        """Return how many targets count; every one of them is checked before any work is done."""
+        count = 0
+        rows = max(1, _CHECKED_AT_ONCE // self._target.shape[1])
+        for first in range(0, len(self._target), rows):
+            chunk = self._target[first : first + rows].astype(np.int64, copy=False)
+            counts = chunk != self.ignore_index
+            count += int(np.count_nonzero(counts))
+            # As unsigned numbers the negative ones are the largest: one comparison sees both ends.
+            wrong = counts & (chunk.view(np.uint64) >= classes)
+            if wrong.any():
+                row, column = np.unravel_index(int(wrong.argmax()), wrong.shape)
+                raise ValueError(
+                    f"target: got class {self._target[first + row, column]} at "
+                    f"[{first + row}, {column}], wanted from 0 to {classes - 1}, or "
+                    f"ignore_index = {self.ignore_index}"
+                )
+        return count
+
+
+class _Custom:
+    """A loss of the user's, called with the outputs of a segment."""
+
+    def __init__(self, loss: LossFunction, model: Model, target: Any, T: int, B: int) -> None:
+        self._readout: Linear | None = model.readout
+        self._loss = loss
+        self._target = target
+        self._batch_first = model.batch_first
+        if T == 0 or B == 0:
+            raise _no_target(f"x of {T} steps and a batch of {B}")
+        if target is None:
+            return
+        if not hasattr(target, "shape"):
+            self._target = target = from_any("target", target)
+        axes = 2 if self._batch_first else 1
+        if len(target.shape) < axes or target.shape[axes - 1] != T:
+            raise ValueError(
+                f"target: got shape {tuple(target.shape)}, wanted {T} steps on axis {axes - 1}"
+            )
+
+    def __call__(
+        self, y: Array, begin: int, end: int, grads: dict[str, Array] | None
+    ) -> tuple[float, Array | None]:
+        output = y if self._readout is None else self._readout(y)
+        target = self._target
+        if target is not None:
+            target = cut(target, begin, end, self._batch_first)
+        value, grad = _as_pair(self._loss(output, target, slice(begin, end)))
+        if grads is None:
+            return value, None
+        grad = as_array("grad_output of loss", grad, output.dtype)
+        if grad.shape != output.shape:
+            raise ValueError(f"grad_output of loss: got shape {grad.shape}, wanted {output.shape}")
+        if grad.dtype != output.dtype:
+            raise TypeError(f"grad_output of loss: got dtype {grad.dtype}, wanted {output.dtype}")
+        if self._readout is None:
+            return value, grad
+        weight = self._readout.weights["weight"]
+        return value, _core.linear_backward(y, weight, grad, grads["weight"], grads.get("bias"))
+
+
+def _as_pair(result: Any) -> tuple[float, Any]:
+    try:
+        value, grad = result
+        return float(value), grad
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"loss: its result was {type(result).__name__}, wanted (value, grad_output): a number "
+            "and an array"
+        ) from None
