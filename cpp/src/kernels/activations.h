@@ -1,33 +1,54 @@
 // tanh and logistic on packets, with their errors in units in the last place, as tests measure them
-// over all of the range where the result is a normal number:
+// wherever the result is a normal number:
 //
 //              float32   float64
 //   tanh           7         2
 //   logistic       4         3
 //
-// NaN in, NaN out; infinities give the limits.
+// NaN in, NaN out.
 #pragma once
 #include "kernels/packet.h"
 
 namespace fastbptt {
 namespace FASTBPTT_ISA {
 
-// Eigen's exp and tanh clamp their argument, which turns NaN into a number.
-template <class S>
-FASTBPTT_INLINE Packet<S> keep_nan(const Packet<S>& x, const Packet<S>& result) {
-  return pselect(pcmp_eq(x, x), result, x);
+// exp(x) for x in [-87, 88], and its value at the nearer end beyond: with n = round(x / ln 2) and
+// r = x - n ln 2, 2^n (1 + r + r^2 P(r)), the polynomial of Cephes' expf (Moshier). Rounding by a large
+// constant leaves n in the low bits, where a shift makes 2^n of it. Eigen's own exp also serves the
+// denormal results, at twice the price. The product with 2^n keeps a NaN.
+FASTBPTT_INLINE Packet<float> exp_of(const Packet<float>& x) {
+  using P = Packet<float>;
+  using I = typename Eigen::internal::unpacket_traits<P>::integer_packet;
+  const P y = Eigen::internal::pmax(Eigen::internal::pmin(x, constant<float>(88)),
+                                    constant<float>(-87));
+  const P round = constant<float>(12582912.0 + 127.0);  // 1.5 * 2^23, and the exponent's bias
+  const P shifted = pmadd(y, constant<float>(1.44269504088896341), round);
+  const P n = psub(shifted, round);
+  P r = pmadd(n, constant<float>(-0.693359375), y);
+  r = pmadd(n, constant<float>(2.12194440e-4), r);
+  P p = pmadd(r, constant<float>(1.9875691500e-4), constant<float>(1.3981999507e-3));
+  p = pmadd(p, r, constant<float>(8.3334519073e-3));
+  p = pmadd(p, r, constant<float>(4.1665795894e-2));
+  p = pmadd(p, r, constant<float>(1.6666665459e-1));
+  p = pmadd(p, r, constant<float>(5.0000001201e-1));
+  p = padd(pmadd(p, pmul(r, r), r), constant<float>(1));
+  const I bits = Eigen::internal::preinterpret<I>(shifted);
+  const P power = Eigen::internal::preinterpret<P>(Eigen::internal::plogical_shift_left<23>(bits));
+  return pmul(p, power);
+}
+
+// Eigen clamps the argument, which turns NaN into a number.
+FASTBPTT_INLINE Packet<double> exp_of(const Packet<double>& x) {
+  return pselect(pcmp_eq(x, x), Eigen::internal::pexp(x), x);
 }
 
 template <class S>
 FASTBPTT_INLINE Packet<S> logistic(const Packet<S>& x) {
   const Packet<S> one = constant<S>(1);
-  const Packet<S> e = Eigen::internal::pexp(Eigen::internal::pnegate(x));
-  return keep_nan<S>(x, pdiv(one, padd(one, e)));
+  return pdiv(one, padd(one, exp_of(Eigen::internal::pnegate(x))));
 }
 
-FASTBPTT_INLINE Packet<float> tanh_of(const Packet<float>& x) {
-  return keep_nan<float>(x, Eigen::internal::ptanh(x));
-}
+FASTBPTT_INLINE Packet<float> tanh_of(const Packet<float>& x) { return Eigen::internal::ptanh(x); }
 
 // Near zero the rational approximation of Cephes (Moshier), x + x^3 P(x^2) / Q(x^2); beyond it
 // 1 - 2 / (exp(2|x|) + 1), which loses nothing there.
@@ -46,7 +67,8 @@ FASTBPTT_INLINE Packet<double> tanh_of(const Packet<double>& x) {
   q = pmadd(z, q, constant<double>(2.23548839060100448583e3));
   q = pmadd(z, q, constant<double>(4.84406305325125486048e3));
   const P near = pmadd(pmul(x, z), pdiv(p, q), x);
-  return keep_nan<double>(x, pselect(pcmp_lt(size, constant<double>(0.625)), near, far_signed));
+  const P result = pselect(pcmp_lt(size, constant<double>(0.625)), near, far_signed);
+  return pselect(pcmp_eq(x, x), result, x);
 }
 
 }  // namespace FASTBPTT_ISA

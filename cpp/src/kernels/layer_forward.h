@@ -22,7 +22,7 @@ class ForwardLayer {
   static Index scratch(const LayerShape& s, Index steps, Index batch) {
     const Panels<S, Cell> panels(s);
     // For this many rows or fewer.
-    const Index ahead = panels.count() * steps * (batch < tile_rows ? batch : tile_rows) * width;
+    const Index ahead = panels.count() * steps * (batch < few_rows ? batch : few_rows) * width;
     const Index phases =
         Cell::two_phases ? batch * (2 * panels.blocks() * p + Cell::tape * s.hidden_size) : 0;
     return ahead + batch * width + phases;
@@ -41,9 +41,10 @@ class ForwardLayer {
         resets_(candidates_ + job.batch * panels_.blocks() * p),
         kept_(resets_ + job.batch * panels_.blocks() * p) {}
 
+  static constexpr Index few_rows = tile_rows(Cell::h_count);
   // With so few rows that each panel serves a single tile, the input product runs ahead over all
   // steps, where a panel serves many.
-  static bool x_goes_ahead(Index batch) { return batch <= tile_rows; }
+  static bool x_goes_ahead(Index batch) { return batch <= few_rows; }
 
   void run() {
     if (ahead_) {
@@ -77,7 +78,7 @@ class ForwardLayer {
 
   void multiply_x_ahead(Index j) {
     fill(ahead(j, 0), job_.steps * job_.batch, j);
-    for_row_tiles(job_.steps * job_.batch, [&](Index R, Index row) {
+    for_row_tiles(job_.steps * job_.batch, panels_.packets(j, x_range<Cell>), [&](Index R, Index row) {
       RowsProduct<S> product{ahead(j, row) + Cell::x_first * p, width, {}, 0, 1, panels_.I,
                              panels_.x(job_.packed, j)};
       for (Index r = 0; r < R; ++r) {
@@ -89,13 +90,14 @@ class ForwardLayer {
 
   void step_panel(Index t, Index j) {
     const Index B = job_.batch, I = panels_.I, H = panels_.H;
+    const Index packets_of_tile = Cell::x_count;  // of x and h: the larger
     const Index x_step = panels_.packets(j, x_range<Cell>) * p;
     const Index h_step = panels_.packets(j, h_range<Cell>) * p;
     S* const sums = ahead_ ? ahead(j, t * B) : sums_;
     if (!ahead_) fill(sums, B, j);
     // Ranges of the inner dimension whose part of the panel stays in L1 over all rows.
     const Index most = panel_bytes / (Index(sizeof(S)) * width);
-    const bool whole = B <= tile_rows || I + H <= most + most / 2;
+    const bool whole = B <= few_rows || I + H <= most + most / 2;
     const Index x_passes = ahead_ ? 0 : whole ? 1 : ceil_div(I, most);
     const Index h_passes = whole ? 1 : ceil_div(H, most);
     const auto pass = [&](Index R, Index row, const Sequence<const S>& a, Range range, Index begin,
@@ -111,19 +113,19 @@ class ForwardLayer {
     if (!whole) {
       for (Index i = 0; i < x_passes; ++i) {
         const Index begin = I * i / x_passes, end = I * (i + 1) / x_passes;
-        for_row_tiles(B, [&](Index R, Index row) {
+        for_row_tiles(B, packets_of_tile, [&](Index R, Index row) {
           pass(R, row, x, x_range<Cell>, begin, end, x_panel + begin * x_step);
         });
       }
       for (Index i = 0; i < h_passes - 1; ++i) {
         const Index begin = H * i / h_passes, end = H * (i + 1) / h_passes;
-        for_row_tiles(B, [&](Index R, Index row) {
+        for_row_tiles(B, packets_of_tile, [&](Index R, Index row) {
           pass(R, row, h_, h_range<Cell>, begin, end, h_panel + begin * h_step);
         });
       }
     }
     const Index begin = H * (h_passes - 1) / h_passes;
-    for_row_tiles(B, [&](Index R, Index row) {
+    for_row_tiles(B, packets_of_tile, [&](Index R, Index row) {
       if (whole && !ahead_) pass(R, row, x, x_range<Cell>, 0, I, x_panel);
       pass(R, row, h_, h_range<Cell>, begin, H, h_panel + begin * h_step);
       for (Index r = row; r < row + R; ++r) finish(t, j, r, sums + r * width);
@@ -162,7 +164,7 @@ class ForwardLayer {
   void step_candidate(Index t, Index j) {
     const Index row_size = panels_.blocks() * p;
     const Index Q = panels_.blocks() - 4 * j < 4 ? panels_.blocks() - 4 * j : 4;
-    for_row_tiles(job_.batch, [&](Index R, Index row) {
+    for_row_tiles(job_.batch, Q, [&](Index R, Index row) {
       S* const sums = candidates_ + row * row_size + 4 * j * p;
       RowsProduct<S> product{sums,
                              row_size,

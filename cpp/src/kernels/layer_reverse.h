@@ -113,11 +113,11 @@ class ReverseLayer {
       // Gradient panels whose weights stay in L1 over all rows.
       const Index fit = panel_bytes / (Index(sizeof(S)) * 4 * p * step);
       const Index most = fit > 0 ? fit : 1;
-      const bool whole = J <= most + most / 2 || n <= tile_rows || !w;
+      const bool whole = J <= most + most / 2 || n <= tile_rows(Q) || !w;
       const Index passes = whole ? 1 : ceil_div(J, most);
       for (Index i = 0; i < passes; ++i) {
         const Index begin = J * i / passes, stop = J * (i + 1) / passes;
-        for_row_tiles(n, [&](Index R, Index at) {
+        for_row_tiles(n, Q, [&](Index R, Index at) {
           S* const sums = sums_ + at * 4 * p;
           if (i == 0) start(sums, R, at, Q, panel);
           if (w) multiply_grads(range, split, R, Q, sums, row + at, begin, stop, w);
@@ -312,7 +312,7 @@ class ReverseLayer {
     product.panel_row = -width;
     product.panel_run = -B * width;
     const S* const last = a.at(end - 1, B - 1);
-    for_row_tiles(columns, [&](Index R, Index i) {
+    for_row_tiles(columns, Q, [&](Index R, Index i) {
       product.sums = to + i * Q * p;
       product.a = last + i;
       multiply_columns(R, Q, product);

@@ -4,7 +4,7 @@
 //   packets
 //
 // a is read a value at a time and broadcast; a panel is packed so that the packets of one k stand
-// side by side. A tile of tile_rows rows of four packets fills the registers with accumulators.
+// side by side. A tile of tile_rows(Q) rows fills the registers with accumulators.
 //
 // Each size of tile is one function, not inlined: the cells differ only in what they do before and
 // after, and a call is nothing beside the loop.
@@ -78,7 +78,7 @@ template <class S>
 struct RowsProduct {
   S* sums;
   Index sums_row;
-  const S* a[tile_rows];
+  const S* a[most_tile_rows];
   Index a_block;
   Index blocks;
   Index K;
@@ -168,8 +168,8 @@ FASTBPTT_INLINE void with_constant(Index n, F&& body) {
 template <class S>
 __attribute__((noinline)) void multiply_rows(Index R, Index Q, bool split,
                                              const RowsProduct<S>& product) {
-  with_constant<tile_rows>(R, [&](auto r) {
-    with_constant<4>(Q, [&](auto q) {
+  with_constant<4>(Q, [&](auto q) {
+    with_constant<tile_rows(q)>(R, [&](auto r) {
       constexpr int accumulators = r * q;
       constexpr int sets = accumulators >= 8 ? 1 : accumulators >= 4 ? 2 : 4;
       if (split && sets > 1)
@@ -183,15 +183,16 @@ __attribute__((noinline)) void multiply_rows(Index R, Index Q, bool split,
 template <class S>
 __attribute__((noinline)) void multiply_columns(Index R, Index Q,
                                                 const ColumnsProduct<S>& product) {
-  with_constant<tile_rows>(
-      R, [&](auto r) { with_constant<4>(Q, [&](auto q) { multiply_columns<S, r, q>(product); }); });
+  with_constant<4>(Q, [&](auto q) {
+    with_constant<tile_rows(q)>(R, [&](auto r) { multiply_columns<S, r, q>(product); });
+  });
 }
 
-// Calls body(R, row) for tiles that cover [0, rows) as evenly as they can, so that a tile of one
+// Calls body(R, row) for tiles of Q packets that cover [0, rows) as evenly as they can, so that a tile of one
 // row, which wastes the most, appears only where there is one row.
 template <class F>
-FASTBPTT_INLINE void for_row_tiles(Index rows, F&& body) {
-  Index tiles = ceil_div(rows, tile_rows);
+FASTBPTT_INLINE void for_row_tiles(Index rows, Index Q, F&& body) {
+  Index tiles = ceil_div(rows, tile_rows(Q));
   for (Index row = 0; row < rows; --tiles) {
     const Index R = ceil_div(rows - row, tiles);
     body(R, row);

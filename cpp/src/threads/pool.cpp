@@ -2,14 +2,14 @@
 
 #include <pthread.h>
 #include <sched.h>
+#include <signal.h>
 
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <cstdlib>
-#include <memory>
+#include <exception>
 #include <mutex>
-#include <new>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -20,8 +20,8 @@
 namespace fastbptt {
 namespace {
 
-// One parallel region. It lives on the caller's stack, so a worker counts itself out of `inside`
-// as its last touch of it, and the caller leaves only when nobody is inside.
+// One parallel region. It lives on the caller's stack: a worker's last touch of it is to count
+// itself out of `inside`, and the caller leaves only when nobody is inside.
 struct Region {
   void (*part)(void*, int);
   void* context;
@@ -34,42 +34,85 @@ struct Region {
   }
 };
 
+// Looks at a region that workers are about to leave, before the caller goes to sleep.
+constexpr int looks = 1000;
+
+// Signals belong to the threads of the program: one that they all block, to wait for it, must not
+// find a worker that takes it. Faults of the worker itself stay its own.
+class BlockedSignals {
+ public:
+  BlockedSignals() {
+    sigset_t all;
+    sigfillset(&all);
+    for (int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGABRT}) sigdelset(&all, fault);
+    pthread_sigmask(SIG_SETMASK, &all, &before_);
+  }
+  BlockedSignals(const BlockedSignals&) = delete;
+  BlockedSignals& operator=(const BlockedSignals&) = delete;
+  ~BlockedSignals() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
+
+ private:
+  sigset_t before_;
+};
+
 class Pool {
  public:
   void run(Region& region) {
-    const int helpers = post(region);
+    post(region);
+    // Also when the caller's part throws: the workers must be out of the region before it is gone.
+    const struct Leave {
+      Pool& pool;
+      Region& region;
+      ~Leave() { pool.leave(region); }
+    } leave{*this, region};
     region.part(region.context, 0);
     region.work();
-    withdraw(region, helpers);
-    // What is left is the tail of parts that workers have begun: short beside the call.
-    while (region.inside.load(std::memory_order_acquire) != 0) std::this_thread::yield();
   }
 
  private:
   // Offers the region to idle workers, starting new ones where there are too few.
-  int post(Region& region) {
-    const int wanted = region.parts - 1;
-    std::lock_guard<std::mutex> lock(mutex_);
-    while (idle_ - static_cast<int>(offers_.size()) < wanted && workers_ < max_threads - 1) {
+  void post(Region& region) {
+    int offered = 0;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      const int wanted = region.parts - 1;
+      if (free_workers() < wanted) start_workers(wanted);
+      offered = std::min(free_workers(), wanted);
+      offers_.insert(offers_.end(), offered, &region);
+    }
+    for (int i = 0; i < offered; ++i) wake_.notify_one();
+  }
+
+  // Each offer is for one idle worker.
+  int free_workers() const { return idle_ - static_cast<int>(offers_.size()); }
+
+  void start_workers(int wanted) {
+    const BlockedSignals blocked;
+    while (free_workers() < wanted && workers_ < max_threads - 1) {
       try {
         std::thread([this] { serve(); }).detach();
-      } catch (const std::system_error&) {
-        break;  // no more threads to be had: the caller does the rest
+      } catch (const std::exception&) {
+        return;  // no more threads to be had: the caller does the rest
       }
       ++workers_;
       ++idle_;
     }
-    const int offered = std::clamp(idle_ - static_cast<int>(offers_.size()), 0, wanted);
-    offers_.insert(offers_.end(), offered, &region);
-    for (int i = 0; i < offered; ++i) wake_.notify_one();
-    return offered;
   }
 
-  // Takes back the offers that nobody has taken up.
-  void withdraw(Region& region, int offered) {
-    if (offered == 0) return;
-    std::lock_guard<std::mutex> lock(mutex_);
+  // Takes back the offers that nobody has taken up, and waits for the parts that workers have
+  // begun: mostly their tail, short beside the call, so it looks before it sleeps.
+  void leave(Region& region) {
+    std::unique_lock<std::mutex> lock(mutex_);
     offers_.erase(std::remove(offers_.begin(), offers_.end(), &region), offers_.end());
+    const auto empty = [&] { return region.inside.load(std::memory_order_acquire) == 0; };
+    if (empty()) return;
+    lock.unlock();
+    for (int i = 0; i < looks; ++i) {
+      if (empty()) return;
+      std::this_thread::yield();
+    }
+    lock.lock();
+    left_.wait(lock, empty);
   }
 
   void serve() {
@@ -82,14 +125,18 @@ class Pool {
       region->inside.fetch_add(1, std::memory_order_relaxed);
       lock.unlock();
       region->work();
-      region->inside.fetch_sub(1, std::memory_order_release);
+      const bool last = region->inside.fetch_sub(1, std::memory_order_acq_rel) == 1;
+      // Counted out first, then locked: a caller that has looked and not yet gone to sleep holds
+      // the lock, so the word reaches it.
       lock.lock();
       ++idle_;
+      if (last) left_.notify_all();
     }
   }
 
   std::mutex mutex_;
-  std::condition_variable wake_;
+  std::condition_variable wake_;  // an offer
+  std::condition_variable left_;  // a region without workers
   std::vector<Region*> offers_;
   int workers_ = 0;
   int idle_ = 0;
@@ -109,7 +156,8 @@ Pool& the_pool() {
 }
 
 int default_threads() {
-  if (const char* text = std::getenv("FASTBPTT_NUM_THREADS")) {
+  const char* text = std::getenv("FASTBPTT_NUM_THREADS");
+  if (text && *text) {
     char* end = nullptr;
     const long n = std::strtol(text, &end, 10);
     if (end == text || *end != '\0' || n < 1 || n > max_threads) {
@@ -121,9 +169,10 @@ int default_threads() {
   }
 #ifdef __linux__
   cpu_set_t set;
-  if (sched_getaffinity(0, sizeof set, &set) == 0) return std::max(1, CPU_COUNT(&set));
+  if (sched_getaffinity(0, sizeof set, &set) == 0)
+    return std::clamp(CPU_COUNT(&set), 1, max_threads);
 #endif
-  return static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+  return std::clamp(static_cast<int>(std::thread::hardware_concurrency()), 1, max_threads);
 }
 
 std::atomic<int> threads{0};
@@ -147,11 +196,10 @@ void set_num_threads(int n) {
 
 int get_num_threads() {
   int n = threads;
-  if (n == 0) {
-    n = default_threads();
-    threads = n;
-  }
-  return n;
+  if (n != 0) return n;
+  const int standard = default_threads();
+  // Unless another thread has set it by now.
+  return threads.compare_exchange_strong(n, standard) ? standard : n;
 }
 
 }  // namespace fastbptt
