@@ -89,7 +89,7 @@ def test_bad_options(tmp_path, capsys, text, options, wanted):
         (None, ["no such file"]),
         (b"", ["empty", "wanted text"]),
         (b"short", ["5 characters", "at least 10"]),
-        (b"long enough, but not for so many streams", ["--batch", "streams"]),
+        (b"long enough to hold a tenth out, and no more", ["--batch 1 --k1 64", "at least 64"]),
         (b"\x89PNG\r\n\x1a\n" * 100, ["UTF-8", "0x89", "offset 0"]),
         (b"a" * 1000 + b"\0" * 1000, ["binary", "offset 1000"]),
         ("文".encode("utf-16") * 100, ["UTF-8", "0xff"]),

@@ -97,7 +97,7 @@ def test_late_mse_is_the_mse_of_the_late_steps(rng):
         ("x\n" + "1\n2\n" * 4, "x", ["8 values", "at least 10"]),
         ("x\n" + "5\n" * 40, "x", ["nothing to learn"]),
         ("x\n" + "1e308\n-1e308\n" * 20, "x", ["1e+308", "finite"]),
-        ("x\n" + "1\n2\n" * 20, "x", ["--batch", "--k1"]),
+        ("x\n" + "1\n2\n" * 20, "x", ["--batch 1 --k1 40", "at least 40"]),
         ("", "x", ["empty"]),
         ("\n", "x", ["--column", "'x'"]),
         (b"x\n\xff\n", "x", ["UTF-8", "0xff"]),
@@ -106,7 +106,7 @@ def test_late_mse_is_the_mse_of_the_late_steps(rng):
 def test_bad_tables_are_named(tmp_path, capsys, content, column, wanted):
     path = tmp_path / "a.csv"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    assert run("train", "--series", path, "--column", column, "--k1", 30) == 2
+    assert run("train", "--series", path, "--column", column, "--k1", 40) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     for word in wanted:

@@ -70,7 +70,7 @@ def readout_loss(
     grad_bias: Array | None,
     need_grad: bool,
 ) -> tuple[float, Array | None]:
-    """Linear readout and loss, a block of rows at a time, so that the logits never exist as a whole.
+    """Linear readout and loss, a block of rows at a time, so that the logits never exist whole.
 
     `loss` is `"cross_entropy"` (`target` int64 `[A, B]`) or `"mse"` (`target` `[A, B, V]`). Returns
     `scale` times the sum over the targets that count, and its gradient with respect to `y`

@@ -80,13 +80,10 @@ def recurrent(settings: Settings, input_size: int, seed: int) -> fb.RNN | fb.LST
 def stream_starts(targets: int, settings: Settings, unit: str) -> Array:
     """Return where each of the streams begins; they lie one behind the other in the data."""
     length = targets // settings.batch
-    wanted = max(settings.k1, settings.k2)
-    if length < wanted:
-        fits = targets // wanted
-        hint = f"; --batch {fits} would fit" if fits else "; give more data or a smaller --k1"
+    if length < settings.k2:
         raise UsageError(
-            f"--batch {settings.batch}, --k1 {settings.k1}, --k2 {settings.k2}: the training part "
-            f"has {targets} targets, {length} {unit}s in each of {settings.batch} streams; "
-            f"wanted at least {wanted} in each{hint}"
+            f"--batch {settings.batch} --k1 {settings.k1} --k2 {settings.k2}: the training part "
+            f"gives {length} {unit}s to a stream, wanted at least {settings.k2}; with {targets} in "
+            f"all, --batch times --k2 may be that at most"
         )
     return np.arange(settings.batch, dtype=np.int64) * length

@@ -9,11 +9,15 @@ from typing import NoReturn
 
 from fastbptt import __version__
 from fastbptt.cli.errors import UsageError
-from fastbptt.cli.settings import CELLS, DEFAULTS, LEARNING_RATES
+from fastbptt.cli.settings import (
+    CELLS,
+    DEFAULT_SECONDS,
+    DEFAULT_STEPS,
+    DEFAULTS,
+    LEARNING_RATES,
+)
 
 DEFAULT_MODEL = "fastbptt.safetensors"
-DEFAULT_STEPS = {"text": 1500, "series": 1000}
-DEFAULT_SECONDS = 90.0
 
 _TEXT = DEFAULTS["text"]
 _SERIES = DEFAULTS["series"]
@@ -32,10 +36,10 @@ The text is cut into --batch streams that are read side by side, --k1 characters
 state goes from one update into the next. With --k2 above --k1 the gradient of those characters
 reaches back over the --k2 characters that end with them.
 
-Without --steps and --seconds training ends after {DEFAULT_STEPS["text"]} updates
-({DEFAULT_STEPS["series"]} for a series) or {DEFAULT_SECONDS:.0f} seconds. Ctrl-C ends it early and
-saves the model; --resume goes on from there, to the bits of a run that was never stopped (on the
-same machine, with the same number of threads)."""
+Without --steps and --seconds training ends after {DEFAULT_STEPS} updates
+or {DEFAULT_SECONDS:.0f} seconds; for a series after some forty passes, if that is less.
+Ctrl-C ends it early and saves the model; --resume goes on from there, to the bits of a run that
+was never stopped (on the same machine, with the same number of threads)."""
 
 _SAMPLE = "Write text with a model that `fastbptt train` has saved."
 
@@ -99,7 +103,10 @@ def _add_train(train: argparse.ArgumentParser) -> None:
 
     how = train.add_argument_group("training")
     how.add_argument(
-        "--batch", type=whole(1), metavar="N", help=f"streams side by side, {_default('batch')}"
+        "--batch",
+        type=whole(1),
+        metavar="N",
+        help=f"streams side by side, {_default('batch')}, fewer where the data is short",
     )
     how.add_argument("--k1", type=whole(1), metavar="N", help=f"steps an update, {_default('k1')}")
     how.add_argument(

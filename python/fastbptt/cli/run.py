@@ -15,9 +15,9 @@ from fastbptt import storage
 from fastbptt.cli import files, saved
 from fastbptt.cli.data import Data, stream_starts
 from fastbptt.cli.errors import RunError, UsageError
-from fastbptt.cli.options import DEFAULT_MODEL, DEFAULT_SECONDS, DEFAULT_STEPS
+from fastbptt.cli.options import DEFAULT_MODEL
 from fastbptt.cli.series import read_series
-from fastbptt.cli.settings import Settings
+from fastbptt.cli.settings import DEFAULT_SECONDS, Settings
 from fastbptt.cli.text import read_text
 
 _OPTIMIZERS = {"adam": fb.Adam, "sgd": fb.SGD, "rmsprop": fb.RMSprop}
@@ -72,11 +72,12 @@ class Run:
 def start(arguments: argparse.Namespace) -> Run:
     """Return a new run."""
     data = _open(_source(arguments) or {"file": None})
-    settings = Settings.choose(data.kind, arguments)
+    settings = Settings.choose(data.kind, data.targets, arguments)
     _check_options(arguments, data, settings)
     limits = Limits(arguments.steps, arguments.seconds, arguments.threads)
     if limits.steps is None and limits.seconds is None:
-        limits = Limits(DEFAULT_STEPS[data.kind], DEFAULT_SECONDS, arguments.threads)
+        steps = settings.default_steps(data.kind, data.targets)
+        limits = Limits(steps, DEFAULT_SECONDS, arguments.threads)
     try:
         model = data.build(settings)
         optimizer = _OPTIMIZERS[settings.optimizer](model.parameters(), lr=settings.lr)

@@ -11,18 +11,20 @@ from fastbptt.cli.errors import UsageError
 
 CELLS = ("lstm", "gru", "rnn")
 GATES = {"lstm": 4, "gru": 3, "rnn": 1}
-LEARNING_RATES = {"adam": 4e-3, "rmsprop": 2e-3, "sgd": 2.0}
+LEARNING_RATES = {"adam": 5e-3, "rmsprop": 3e-3, "sgd": 4.0}
+DEFAULT_STEPS = 2000
+DEFAULT_SECONDS = 90.0
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "text": {
         "cell": "lstm",
-        "hidden": 256,
+        "hidden": 192,
         "embedding": 64,
         "layers": 1,
-        "batch": 32,
+        "batch": 16,
         "k1": 64,
         "optimizer": "adam",
-        "lr_decay": 500,
+        "lr_decay": 1000,
         "clip": 1.0,
         "seed": 0,
     },
@@ -34,7 +36,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "batch": 8,
         "k1": 32,
         "optimizer": "adam",
-        "lr_decay": 500,
+        "lr_decay": 1000,
         "clip": 1.0,
         "seed": 0,
     },
@@ -59,7 +61,7 @@ class Settings:
     seed: int
 
     @classmethod
-    def choose(cls, kind: str, given: argparse.Namespace) -> Settings:
+    def choose(cls, kind: str, targets: int, given: argparse.Namespace) -> Settings:
         """Return the settings of a new run: what was given, and the defaults of `kind`."""
         values = dict(DEFAULTS[kind])
         values |= {name: value for name, value in _given(given).items() if value is not None}
@@ -67,6 +69,9 @@ class Settings:
         values.setdefault("k2", values["k1"])
         if values["k2"] < values["k1"]:
             raise UsageError(f"--k2: got {values['k2']}, wanted at least k1 = {values['k1']}")
+        if given.batch is None:
+            # Short data is cut into fewer streams, so that each is as long as a window.
+            values["batch"] = max(1, min(values["batch"], targets // values["k2"]))
         return cls(**values)
 
     @classmethod
@@ -85,6 +90,16 @@ class Settings:
                     "leave the option out, or start anew without --resume"
                 )
         return settings
+
+    def default_steps(self, kind: str, targets: int) -> int:
+        """Return how many updates a new run makes where nothing else is said.
+
+        A series is short, and learnt by heart after some forty passes.
+        """
+        if kind == "text":
+            return DEFAULT_STEPS
+        passes = 40 * targets // (self.k1 * self.batch)
+        return max(100, min(passes, DEFAULT_STEPS))
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings by name."""

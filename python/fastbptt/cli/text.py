@@ -106,8 +106,11 @@ class Text:
 
     def summary(self, figures: dict[str, float]) -> list[str]:
         """Return the three figures, the best known yardstick next to the model's own."""
+        own = figures["heldout_bpc"]
         return [
-            f"held out:        {figures['heldout_bpc']:7.3f} bits per character",
+            f"held out:        {own:7.3f} bits per character"
+            if own < 1000
+            else f"held out:        {own:.3g} bits per character: the training went astray",
             f"  unigram table: {figures['unigram_bpc']:7.3f}",
             f"  uniform:       {figures['uniform_bpc']:7.3f}",
         ]

@@ -23,8 +23,7 @@ def train(arguments: argparse.Namespace) -> int:
     path = model_path(arguments)
     if run.limits.threads is not None:
         fb.set_num_threads(run.limits.threads)
-    print(run.data.title())
-    print(_network(run))
+    print(f"{run.data.title()}\n{_network(run)}", flush=True)
     with Interrupt() as stop:
         loop = Loop(run, path, began, stop)
         loop.train()

@@ -1,0 +1,512 @@
+// Random problems through the public C++ API, compared with the float64 reference.
+//
+//   random_problems [SEED [COUNT]]
+//
+// The instruction set is that of FASTBPTT_ISA. A problem that fails is named by its own seed, and
+// `random_problems THAT_SEED 1` runs it alone.
+#include <algorithm>
+
+#include "drawing.h"
+#include "fastbptt/readout.h"
+#include "reference/reference.h"
+
+// Fresh memory is full of NaN, the library's own scratch too.
+extern "C" __attribute__((visibility("default"))) const char* __asan_default_options() {
+  return "max_malloc_fill_size=1073741824:malloc_fill_byte=255:detect_stack_use_after_return=1";
+}
+
+namespace fastbptt::tests {
+namespace {
+
+using Vector = std::vector<double>;
+
+// More would make the reference the longest part of the run.
+constexpr double most_flops = 2e7;
+
+// Within this a rounding error may decide whether an error passes a relu.
+constexpr double relu_margin = 1e-5;
+
+struct Options {
+  StackShape shape;
+  Index T, B;
+  bool bias, initial, grad_y, grad_final, grad_x;
+  int threads;
+  Layout x, y, dy, dx;
+  Index offset;
+};
+
+Index draw_size(Random& random) {
+  const Index around[] = {8, 16, 32, 64, 128};
+  if (random.chance(0.3))
+    return std::max<Index>(1, around[random.between(0, 4)] + random.between(-1, 1));
+  if (random.chance(0.05)) return random.between(130, 700);
+  return random.between(1, random.chance(0.3) ? 80 : 20);
+}
+
+double flops(const StackShape& s) {
+  return 2.0 * gates(s.cell) * s.hidden_size *
+         double(s.input_size + (2 * s.num_layers - 1) * s.hidden_size);
+}
+
+Options draw_options(Random& random) {
+  Options o{};
+  o.shape.cell = static_cast<Cell>(random.between(0, 4));
+  o.shape.num_layers = random.chance(0.6) ? 1 : random.between(2, 3);
+  o.shape.input_size = draw_size(random);
+  do o.shape.hidden_size = draw_size(random);
+  while (flops(o.shape) > most_flops);
+  const auto layout = [&] { return static_cast<Layout>(random.between(0, 3)); };
+  o.bias = random.chance(0.8);
+  o.initial = random.chance(0.7);
+  o.grad_y = random.chance(0.8);
+  o.grad_final = random.chance(0.7);
+  o.grad_x = random.chance(0.7);
+  o.threads = static_cast<int>(random.between(1, 3));
+  o.x = layout(), o.y = layout(), o.dy = layout(), o.dx = layout();
+  o.offset = random.between(0, 1);
+
+  const double most_rows = most_flops / flops(o.shape);
+  o.B = random.chance(0.7) ? random.between(1, 9) : random.between(1, 40);
+  o.T = random.chance(0.05)  ? 0
+        : random.chance(0.7) ? random.between(1, 9)
+                             : random.between(1, 400);
+  o.B = std::min(o.B, static_cast<Index>(most_rows));
+  o.T = std::min(o.T, static_cast<Index>(most_rows) / o.B);
+  return o;
+}
+
+std::string text_of(const Options& o, const char* type) {
+  char text[300];
+  std::snprintf(text, sizeof text,
+                "%s %s T=%td B=%td I=%td H=%td L=%td bias=%d initial=%d grad_y=%d grad_final=%d "
+                "grad_x=%d threads=%d layouts x=%d y=%d dy=%d dx=%d offset=%td",
+                name_of(o.shape.cell), type, o.T, o.B, o.shape.input_size, o.shape.hidden_size,
+                o.shape.num_layers, o.bias, o.initial, o.grad_y, o.grad_final, o.grad_x, o.threads,
+                int(o.x), int(o.y), int(o.dy), int(o.dx), o.offset);
+  return text;
+}
+
+// Says where a result is wrong, and counts it.
+class Verdict {
+ public:
+  // The largest error against the largest magnitude.
+  void close(const std::string& name, const Vector& got, const Vector& want, double tolerance) {
+    double error = 0, size = 0;
+    if (got.size() != want.size()) return fail(name, "sizes differ");
+    for (std::size_t i = 0; i < got.size(); ++i) {
+      const double e = std::abs(got[i] - want[i]);
+      if (!(e <= error)) error = e;  // a NaN stays
+      if (std::isnan(error)) break;
+      size = std::max(size, std::abs(want[i]));
+    }
+    if (error <= tolerance * size) return;
+    char text[100];
+    std::snprintf(text, sizeof text, "error %.3g, allowed %.3g", error, tolerance * size);
+    fail(name, text);
+  }
+  void require(bool right, const std::string& name, const std::string& what) {
+    if (!right) fail(name, what);
+  }
+  bool failed() const { return failed_; }
+
+ private:
+  void fail(const std::string& name, const std::string& what) {
+    std::fprintf(stderr, "  %s: %s\n", name.c_str(), what.c_str());
+    failed_ = true;
+  }
+  bool failed_ = false;
+};
+
+// As tests/reference.py has it: roundings that add up independently over the longest sum.
+template <class S>
+double tolerance(Index longest) {
+  return 16.0 * std::numeric_limits<S>::epsilon() * std::sqrt(double(longest));
+}
+
+const double* pointer(const Vector& values) { return values.empty() ? nullptr : values.data(); }
+
+Vector slice(const Vector& all, Index l, Index n) {
+  return all.empty() ? Vector() : Vector(all.begin() + l * n, all.begin() + (l + 1) * n);
+}
+
+void append(Vector& to, const Vector& more) { to.insert(to.end(), more.begin(), more.end()); }
+
+bool stop_at_once(void*) { return true; }
+
+// A stack of layers and all that its verbs take.
+template <class S>
+class StackProblem {
+ public:
+  StackProblem(Random& random, const Options& o)
+      : o_(o),
+        x_(o.x, o.T, o.B, o.shape.input_size, o.offset),
+        dy_(o.dy, o.T, o.B, o.shape.hidden_size, o.offset),
+        initial_(o.shape, o.B, o.offset),
+        grad_final_(o.shape, o.B, o.offset),
+        weights_(o.shape, o.bias, o.offset) {
+    do draw(random);
+    while (o.shape.cell == Cell::rnn_relu && near_the_kink());
+  }
+
+  void check(Verdict& verdict, bool interrupt) {
+    const Index L = o_.shape.num_layers, H = o_.shape.hidden_size;
+    const double allowed = tolerance<S>(L * (o_.shape.input_size + H) + o_.T * o_.B);
+    const Expected want = expected();
+    const auto weights = weights_.template views<const S>();
+    const SequenceArray<S> y(o_.y, o_.T, o_.B, H, o_.offset);
+    const StateArrays<S> final(o_.shape, o_.B, o_.offset);
+    Forward<S> run{o_.shape, weights.data(), o_.T, o_.B, input(), {}, y.view(), final.view()};
+    if (o_.initial) run.initial = initial_.const_view();
+
+    const auto check_forward = [&](const std::string& verb) {
+      verdict.close(verb + " y", y.doubles(), want.y, allowed);
+      verdict.require(y.gaps_untouched(), verb + " y", "written between the rows");
+      verdict.close(verb + " h", final.h.doubles(), want.h, allowed);
+      if (final.c.data()) verdict.close(verb + " c", final.c.doubles(), want.c, allowed);
+    };
+    advance(run);
+    check_forward("advance");
+
+    y.array().fill(nan<S>);
+    final.h.fill(nan<S>);
+    if (final.c.data()) final.c.fill(nan<S>);
+    const Array<S> tape(tape_size(o_.shape, o_.T, o_.B), o_.offset);
+    record(run, tape.data());
+    check_forward("record");
+
+    const SequenceArray<S> grad_x(o_.dx, o_.T, o_.B, o_.shape.input_size, o_.offset);
+    const StateArrays<S> grad_initial(o_.shape, o_.B, o_.offset);
+    const WeightArrays<S> grads(o_.shape, o_.bias, o_.offset);
+    for (const Array<S>& grad : grads.arrays) grad.fill(S(0.5));
+    const auto grad_views = grads.views();
+    Reverse<S> grad{};
+    grad.tape = tape.data();
+    if (o_.grad_y) grad.grad_y = dy_.const_view();
+    if (o_.grad_final) grad.grad_final = grad_final_.const_view();
+    if (o_.grad_x) grad.grad_x = grad_x.view();
+    grad.grad_initial = grad_initial.view();
+    grad.grad_weights = grad_views.data();
+    run.final = {};
+    reverse(run, grad);
+    if (o_.grad_x) {
+      verdict.close("grad_x", grad_x.doubles(), want.grad_x, allowed);
+      verdict.require(grad_x.gaps_untouched(), "grad_x", "written between the rows");
+    }
+    verdict.close("grad_h", grad_initial.h.doubles(), want.grad_h, allowed);
+    if (grad_initial.c.data()) {
+      verdict.close("grad_c", grad_initial.c.doubles(), want.grad_c, allowed);
+    }
+    const char* const kinds[] = {"w_ih", "w_hh", "b_ih", "b_hh"};
+    for (std::size_t i = 0; i < grads.arrays.size(); ++i) {
+      if (!grads.arrays[i].data()) continue;
+      Vector sum = want.grads[i];
+      for (double& value : sum) value += 0.5;
+      verdict.close("grad_" + std::string(kinds[i % 4]) + " of layer " + std::to_string(i / 4),
+                    grads.arrays[i].doubles(), sum, allowed);
+    }
+
+    if (!interrupt) return;
+    run.final = final.view();
+    const auto stopped = [&](const char* verb, auto&& call) {
+      bool thrown = false;
+      try {
+        call();
+      } catch (const Interrupted&) {
+        thrown = true;
+      }
+      verdict.require(thrown == (o_.T > 0), verb, "a poll that says stop was not heeded");
+    };
+    stopped("advance", [&] { advance(run, {stop_at_once, nullptr}); });
+    stopped("record", [&] { record(run, tape.data(), {stop_at_once, nullptr}); });
+    stopped("reverse", [&] { reverse(run, grad, {stop_at_once, nullptr}); });
+  }
+
+ private:
+  struct Expected {
+    Vector y, h, c, grad_x, grad_h, grad_c;
+    std::vector<Vector> grads;  // in the order of WeightArrays
+  };
+
+  Sequence<const S> input() const { return o_.T > 0 ? x_.const_view() : Sequence<const S>{}; }
+
+  void draw(Random& random) {
+    const auto normal = [&] { return random.normal(); };
+    const double bound = 1.0 / std::sqrt(double(o_.shape.hidden_size));
+    x_.for_each([&](S& value) { value = S(normal()); });
+    dy_.for_each([&](S& value) { value = S(normal()); });
+    for (const StateArrays<S>* state : {&initial_, &grad_final_}) {
+      state->h.draw(normal);
+      state->c.draw(normal);
+    }
+    for (const Array<S>& weight : weights_.arrays)
+      weight.draw([&] { return random.uniform(bound); });
+  }
+
+  reference::Problem layer_problem(Index l, const Vector& x) {
+    const Index H = o_.shape.hidden_size, n = o_.B * H;
+    reference::Problem p{};
+    p.cell = static_cast<reference::Cell>(o_.shape.cell);
+    p.T = o_.T, p.B = o_.B, p.I = o_.shape.layer(l).input_size, p.H = H;
+    p.x = x.data();
+    kept_.clear();
+    const auto keep = [this](Vector values) {
+      kept_.push_back(std::make_unique<Vector>(std::move(values)));
+      return pointer(*kept_.back());
+    };
+    if (o_.initial) {
+      p.h0 = keep(slice(initial_.h.doubles(), l, n));
+      p.c0 = keep(slice(initial_.c.doubles(), l, n));
+    }
+    if (o_.grad_final) {
+      p.grad_h = keep(slice(grad_final_.h.doubles(), l, n));
+      p.grad_c = keep(slice(grad_final_.c.doubles(), l, n));
+    }
+    const Array<S>* w = &weights_.arrays[4 * l];
+    p.w_ih = keep(w[0].doubles()), p.w_hh = keep(w[1].doubles());
+    p.b_ih = keep(w[2].doubles()), p.b_hh = keep(w[3].doubles());
+    return p;
+  }
+
+  Expected expected() {
+    const Index L = o_.shape.num_layers;
+    std::vector<Vector> inputs{x_.doubles()};
+    std::vector<reference::Result> results;
+    for (Index l = 0; l + 1 < L; ++l)
+      inputs.push_back(reference::run(layer_problem(l, inputs[l])).y);
+    Vector grad_y = o_.grad_y ? dy_.doubles() : Vector();
+    for (Index l = L - 1; l >= 0; --l) {
+      reference::Problem p = layer_problem(l, inputs[l]);
+      p.grad_y = pointer(grad_y);
+      results.insert(results.begin(), reference::run(p));
+      grad_y = results.front().grad_x;
+    }
+    Expected want;
+    want.y = results.back().y;
+    want.grad_x = grad_y;
+    for (const reference::Result& r : results) {
+      append(want.h, r.h);
+      append(want.c, r.c);
+      append(want.grad_h, r.grad_h0);
+      append(want.grad_c, r.grad_c0);
+      for (const Vector* grad : {&r.grad_w_ih, &r.grad_w_hh, &r.grad_b_ih, &r.grad_b_hh}) {
+        want.grads.push_back(*grad);
+      }
+    }
+    return want;
+  }
+
+  // Whether any sum that goes into a relu is too near to zero.
+  bool near_the_kink() {
+    const Index H = o_.shape.hidden_size;
+    Vector x = x_.doubles();
+    for (Index l = 0; l < o_.shape.num_layers; ++l) {
+      const reference::Problem p = layer_problem(l, x);
+      Vector h = p.h0 ? Vector(p.h0, p.h0 + o_.B * H) : Vector(o_.B * H), y;
+      for (Index t = 0; t < o_.T; ++t) {
+        Vector sums(o_.B * H);
+        for (Index b = 0; b < o_.B; ++b) {
+          for (Index j = 0; j < H; ++j) {
+            double& sum = sums[b * H + j];
+            if (p.b_ih) sum += p.b_ih[j] + p.b_hh[j];
+            const Index I = Index(p.I);
+            for (Index i = 0; i < I; ++i) sum += p.w_ih[j * I + i] * x[(t * o_.B + b) * I + i];
+            for (Index i = 0; i < H; ++i) sum += p.w_hh[j * H + i] * h[b * H + i];
+            if (std::abs(sum) < relu_margin) return true;
+          }
+        }
+        for (double& sum : sums) sum = std::max(sum, 0.0);
+        h = sums;
+        append(y, h);
+      }
+      x = y;
+    }
+    return false;
+  }
+
+  const Options o_;
+  SequenceArray<S> x_;
+  SequenceArray<S> dy_;
+  StateArrays<S> initial_;
+  StateArrays<S> grad_final_;
+  WeightArrays<S> weights_;
+  std::vector<std::unique_ptr<Vector>> kept_;  // what the reference's problem points at
+};
+
+template <class S>
+void check_stack(Random& random, Verdict& verdict, std::string& text) {
+  const Options options = draw_options(random);
+  text = text_of(options, sizeof(S) == 4 ? "float32" : "float64");
+  set_num_threads(options.threads);
+  StackProblem<S>(random, options).check(verdict, random.chance(0.1));
+}
+
+// linear, linear_backward, readout_loss and embedding_backward over the same rows.
+template <class S>
+void check_readout(Random& random, Verdict& verdict, std::string& text) {
+  const Index K = draw_size(random), N = draw_size(random);
+  const double most = most_flops / (2.0 * double(K) * double(N));
+  const Index rows = std::min<Index>(random.chance(0.05)  ? 0
+                                     : random.chance(0.5) ? random.between(1, 9)
+                                                          : random.between(1, 700),
+                                     static_cast<Index>(std::max(1.0, most)));
+  const bool bias = random.chance(0.7), weight = random.chance(0.8);
+  const bool gradient = random.chance(0.8), classes = random.chance(0.5);
+  const int threads = static_cast<int>(random.between(1, 3));
+  const Index offset = random.between(0, 1);
+  char line[200];
+  std::snprintf(line, sizeof line,
+                "readout %s rows=%td K=%td N=%td bias=%d weight=%d gradient=%d classes=%d "
+                "threads=%d offset=%td",
+                sizeof(S) == 4 ? "float32" : "float64", rows, K, N, bias, weight, gradient, classes,
+                threads, offset);
+  text = line;
+  set_num_threads(threads);
+
+  const auto drawn = [&](Index n, double scale) {
+    Array<S> array(n, offset);
+    array.draw([&] { return scale * random.normal(); });
+    return array;
+  };
+  const Array<S> x = drawn(rows * K, 1), W = drawn(N * K, 1 / std::sqrt(double(K)));
+  const Array<S> b = bias ? drawn(N, 1) : Array<S>();
+  const Array<S> dy = drawn(rows * N, 1);
+  const double allowed = tolerance<S>(K + N + rows);
+
+  // grad_x = dy W, grad_weight = dy^T x + 0.5, grad_bias = sum of dy + 0.5
+  struct Grads {
+    Vector x, weight, bias;
+  };
+  const auto backward = [&](const Vector& d) {
+    Grads g{Vector(rows * K), Vector(N * K, 0.5), Vector(bias ? N : 0, 0.5)};
+    for (Index r = 0; r < rows; ++r) {
+      for (Index n = 0; n < N; ++n) {
+        for (Index k = 0; k < K; ++k) {
+          g.x[r * K + k] += d[r * N + n] * double(W[n * K + k]);
+          g.weight[n * K + k] += d[r * N + n] * double(x[r * K + k]);
+        }
+        if (bias) g.bias[n] += d[r * N + n];
+      }
+    }
+    return g;
+  };
+  const Array<S> grad_x(rows * K, offset), grad_weight(N * K, offset);
+  const Array<S> grad_bias = bias ? Array<S>(N, offset) : Array<S>();
+  const auto begin = [&] {
+    grad_x.fill(nan<S>);
+    grad_weight.fill(S(0.5));
+    grad_bias.fill(S(0.5));
+  };
+  const auto compare = [&](const std::string& call, const Vector& d) {
+    const Grads want = backward(d);
+    verdict.close(call + " grad_x", grad_x.doubles(), want.x, allowed);
+    verdict.close(call + " grad_weight", grad_weight.doubles(), want.weight, allowed);
+    verdict.close(call + " grad_bias", grad_bias.doubles(), want.bias, allowed);
+  };
+
+  const Linear<S> layer{rows, K, N, x.data(), W.data(), b.data()};
+  Vector logits(rows * N);
+  for (Index r = 0; r < rows; ++r) {
+    for (Index n = 0; n < N; ++n) {
+      double& sum = logits[r * N + n];
+      if (bias) sum = double(b[n]);
+      for (Index k = 0; k < K; ++k) sum += double(x[r * K + k]) * double(W[n * K + k]);
+    }
+  }
+  const Array<S> y(rows * N, offset);
+  linear(layer, y.data());
+  verdict.close("linear y", y.doubles(), logits, allowed);
+  begin();
+  linear_backward(layer, dy.data(), grad_x.data(), grad_weight.data(), grad_bias.data());
+  compare("linear_backward", dy.doubles());
+
+  // Without a weight the prediction is dy, only to have one of the right size.
+  const Vector prediction = weight ? logits : dy.doubles();
+  constexpr std::int64_t ignored = -100;
+  const Array<S> values = drawn(rows * N, 1);
+  const Index counted = classes ? rows : 0;
+  const std::unique_ptr<std::int64_t[]> targets(new std::int64_t[counted]);
+  const double scale = 1.0 / double(rows + 1);
+  double loss = 0;
+  Vector d(rows * N);
+  for (Index r = 0; r < rows; ++r) {
+    const double* const row = prediction.data() + r * N;
+    if (classes) {
+      targets[r] = random.chance(0.1) ? ignored : random.between(0, N - 1);
+      if (targets[r] == ignored) continue;
+      const double largest = *std::max_element(row, row + N);
+      double total = 0;
+      for (Index n = 0; n < N; ++n) total += std::exp(row[n] - largest);
+      loss += std::log(total) + largest - row[targets[r]];
+      for (Index n = 0; n < N; ++n) {
+        d[r * N + n] = scale * (std::exp(row[n] - largest) / total - (n == targets[r]));
+      }
+    } else {
+      for (Index n = 0; n < N; ++n) {
+        const double difference = row[n] - double(values[r * N + n]);
+        loss += difference * difference;
+        d[r * N + n] = 2 * scale * difference;
+      }
+    }
+  }
+  loss *= scale;
+
+  const Array<S> grad_prediction(rows * N, offset);
+  begin();
+  ReadoutLoss<S> job{};
+  job.readout = weight ? layer : Linear<S>{rows, N, N, dy.data(), nullptr, nullptr};
+  job.loss = classes ? Loss::cross_entropy : Loss::mse;
+  job.classes = targets.get();
+  job.ignore_index = ignored;
+  job.values = classes ? nullptr : values.data();
+  job.scale = scale;
+  if (gradient) {
+    job.grad_x = weight ? grad_x.data() : grad_prediction.data();
+    if (weight) job.grad_weight = grad_weight.data(), job.grad_bias = grad_bias.data();
+  }
+  const double got = readout_loss(job);
+  // Where a class is as good as certain the loss is a small difference of numbers of size 1.
+  verdict.require(std::abs(got - loss) <= allowed * std::max(1.0, loss), "readout_loss",
+                  "got " + std::to_string(got) + ", wanted " + std::to_string(loss));
+  if (gradient && weight) compare("readout_loss", d);
+  if (gradient && !weight) {
+    verdict.close("readout_loss grad_x", grad_prediction.doubles(), d, allowed);
+  }
+
+  const std::unique_ptr<std::int64_t[]> index(new std::int64_t[rows]);
+  const Array<S> grad = drawn(rows * K, 1);
+  Vector rows_of_grad(N * K, 0.5);
+  for (Index r = 0; r < rows; ++r) {
+    index[r] = random.between(0, N - 1);
+    for (Index k = 0; k < K; ++k) rows_of_grad[index[r] * K + k] += double(grad[r * K + k]);
+  }
+  grad_weight.fill(S(0.5));
+  embedding_backward(rows, K, index.get(), grad.data(), grad_weight.data());
+  verdict.close("embedding_backward", grad_weight.doubles(), rows_of_grad, allowed);
+}
+
+int run(unsigned long seed, unsigned long count) {
+  const std::string isa = isa_or_exit();
+  unsigned long failed = 0;
+  for (unsigned long i = 0; i < count; ++i) {
+    Random random(seed + i);
+    Verdict verdict;
+    std::string text;
+    const auto check = random.chance(0.2)
+                           ? (random.chance(0.5) ? check_readout<float> : check_readout<double>)
+                           : (random.chance(0.5) ? check_stack<float> : check_stack<double>);
+    check(random, verdict, text);
+    if (!verdict.failed()) continue;
+    std::fprintf(stderr, "seed %lu, %s: %s\n", seed + i, isa.c_str(), text.c_str());
+    ++failed;
+  }
+  std::printf("%s: %lu problems, %lu wrong\n", isa.c_str(), count, failed);
+  return failed ? 1 : 0;
+}
+
+}  // namespace
+}  // namespace fastbptt::tests
+
+int main(int argc, char** argv) {
+  using fastbptt::tests::argument;
+  return fastbptt::tests::run(argument(argc, argv, 1, 1), argument(argc, argv, 2, 300));
+}
