@@ -17,8 +17,9 @@ struct ForwardJob {
   Sequence<S> y;        // [steps, batch, H]
   Sequence<S> tape;     // [steps, batch, tape_width * H]; data null: keep nothing
   State<S> state;       // [batch, H], in and out
-  const S* packed;      // by forward_pack
-  S* scratch;           // forward_scratch elements
+  const S* packed;      // by forward_pack; null: the weights as they are, for very few rows
+  Weights<const S> weights;
+  S* scratch;  // forward_scratch elements
 };
 
 template <class S>

@@ -3,6 +3,7 @@
 // cache.
 #pragma once
 #include "cells/unit.h"
+#include "kernels/direct_product.h"
 #include "kernels/micro_kernel.h"
 #include "kernels/panels.h"
 
@@ -34,7 +35,7 @@ class ForwardLayer {
   explicit ForwardLayer(const ForwardJob<S>& job)
       : job_(job),
         panels_(job.shape),
-        ahead_(x_goes_ahead(job.batch)),
+        ahead_(job.packed && x_goes_ahead(job.batch)),
         before_(job.scratch),
         sums_(before_ + (ahead_ ? panels_.count() * job.steps * job.batch * width : 0)),
         candidates_(sums_ + job.batch * width),
@@ -53,7 +54,12 @@ class ForwardLayer {
     for (Index t = 0; t < job_.steps; ++t) {
       h_ = t == 0 ? Sequence<const S>{job_.state.h, 0, panels_.H}
                   : Sequence<const S>{job_.y.at(t - 1), 0, job_.y.row};
-      for (Index j = 0; j < panels_.count(); ++j) step_panel(t, j);
+      for (Index j = 0; j < panels_.count(); ++j) {
+        if (job_.packed)
+          step_panel(t, j);
+        else
+          step_panel_directly(t, j);
+      }
       if constexpr (Cell::two_phases) {
         for (Index j = 0; j < panels_.candidate_panels(); ++j) step_candidate(t, j);
       }
@@ -78,14 +84,15 @@ class ForwardLayer {
 
   void multiply_x_ahead(Index j) {
     fill(ahead(j, 0), job_.steps * job_.batch, j);
-    for_row_tiles(job_.steps * job_.batch, panels_.packets(j, x_range<Cell>), [&](Index R, Index row) {
-      RowsProduct<S> product{ahead(j, row) + Cell::x_first * p, width, {}, 0, 1, panels_.I,
-                             panels_.x(job_.packed, j)};
-      for (Index r = 0; r < R; ++r) {
-        product.a[r] = job_.x.at((row + r) / job_.batch, (row + r) % job_.batch);
-      }
-      multiply_rows(R, panels_.packets(j, x_range<Cell>), false, product);
-    });
+    for_row_tiles(
+        job_.steps * job_.batch, panels_.packets(j, x_range<Cell>), [&](Index R, Index row) {
+          RowsProduct<S> product{ahead(j, row) + Cell::x_first * p, width, {}, 0, 1, panels_.I,
+                                 panels_.x(job_.packed, j)};
+          for (Index r = 0; r < R; ++r) {
+            product.a[r] = job_.x.at((row + r) / job_.batch, (row + r) % job_.batch);
+          }
+          multiply_rows(R, panels_.packets(j, x_range<Cell>), false, product);
+        });
   }
 
   void step_panel(Index t, Index j) {
@@ -132,6 +139,25 @@ class ForwardLayer {
     });
   }
 
+  void step_panel_directly(Index t, Index j) {
+    const Weights<const S>& w = job_.weights;
+    const Index I = panels_.I, H = panels_.H;
+    using P = Panels<S, Cell>;
+    for (Index b = 0; b < job_.batch; ++b) {
+      S* const sums = sums_ + b * width;
+      for (Index q = 0; q < panels_.packets(j); ++q) {
+        const Index row = panels_.weight_row(j, q), n = panels_.units(panels_.unit(j, q));
+        Packet<S> sum = constant<S>(0);
+        if (w.b_ih && P::takes_b_ih(q)) sum = load(w.b_ih + row, n);
+        if (w.b_hh && P::takes_b_hh(q)) sum = padd(sum, load(w.b_hh + row, n));
+        if (P::takes_x(q)) sum = padd(sum, dots(w.w_ih + row * I, n, job_.x.at(t, b), I));
+        if (P::takes_h(q)) sum = padd(sum, dots(w.w_hh + row * H, n, h_.at(0, b), H));
+        store(sums + q * p, sum);
+      }
+      finish(t, j, b, sums);
+    }
+  }
+
   ForwardUnit<S> unit(Index t, Index b, Index first) const {
     const Index n = panels_.units(first);
     ForwardUnit<S> u{};
@@ -166,19 +192,30 @@ class ForwardLayer {
     const Index Q = panels_.blocks() - 4 * j < 4 ? panels_.blocks() - 4 * j : 4;
     for_row_tiles(job_.batch, Q, [&](Index R, Index row) {
       S* const sums = candidates_ + row * row_size + 4 * j * p;
-      RowsProduct<S> product{sums,
-                             row_size,
-                             {},
-                             0,
-                             1,
-                             panels_.H,
-                             job_.packed + panels_.size() + j * panels_.candidate_panel_size()};
-      for (Index r = 0; r < R; ++r) product.a[r] = resets_ + (row + r) * row_size;
-      multiply_rows(R, Q, true, product);
-      for (Index r = 0; r < R; ++r)
-        for (Index q = 0; q < Q; ++q)
-          Cell::forward_candidate(sums + r * row_size + q * p, unit(t, row + r, (4 * j + q) * p));
+      if (job_.packed) {
+        RowsProduct<S> product{sums,
+                               row_size,
+                               {},
+                               0,
+                               1,
+                               panels_.H,
+                               job_.packed + panels_.size() + j * panels_.candidate_panel_size()};
+        for (Index r = 0; r < R; ++r) product.a[r] = resets_ + (row + r) * row_size;
+        multiply_rows(R, Q, true, product);
+      }
+      for (Index r = 0; r < R; ++r) {
+        for (Index q = 0; q < Q; ++q) {
+          S* const sum = sums + r * row_size + q * p;
+          if (!job_.packed) add_candidate_directly(4 * j + q, resets_ + (row + r) * row_size, sum);
+          Cell::forward_candidate(sum, unit(t, row + r, (4 * j + q) * p));
+        }
+      }
     });
+  }
+
+  void add_candidate_directly(Index block, const S* reset, S* sum) const {
+    const S* const w = job_.weights.w_hh + panels_.weight_row(block, candidate.first) * panels_.H;
+    store(sum, padd(load(sum), dots(w, panels_.units(block * p), reset, panels_.H)));
   }
 
   const ForwardJob<S>& job_;

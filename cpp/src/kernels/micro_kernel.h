@@ -188,8 +188,8 @@ __attribute__((noinline)) void multiply_columns(Index R, Index Q,
   });
 }
 
-// Calls body(R, row) for tiles of Q packets that cover [0, rows) as evenly as they can, so that a tile of one
-// row, which wastes the most, appears only where there is one row.
+// Calls body(R, row) for tiles of Q packets that cover [0, rows) as evenly as they can, so that a
+// tile of one row, which wastes the most, appears only where there is one row.
 template <class F>
 FASTBPTT_INLINE void for_row_tiles(Index rows, Index Q, F&& body) {
   Index tiles = ceil_div(rows, tile_rows(Q));

@@ -25,8 +25,8 @@ using Packet = typename Eigen::internal::packet_traits<S>::type;
 template <class S>
 constexpr Index lanes = Eigen::internal::unpacket_traits<Packet<S>>::size;
 
-// Rows of a register tile of Q packets a row: as many as leave room for the operands. Without a fused
-// multiply-add each product needs a register of its own.
+// Rows of a register tile of Q packets a row: as many as leave room for the operands. Without a
+// fused multiply-add each product needs a register of its own.
 #if defined(EIGEN_VECTORIZE_FMA) || defined(EIGEN_VECTORIZE_NEON)
 constexpr bool has_fma = true;
 #else
@@ -34,8 +34,7 @@ constexpr bool has_fma = false;
 #endif
 constexpr int most_tile_rows = EIGEN_ARCH_DEFAULT_NUMBER_OF_REGISTERS >= 32 ? 8 : 6;
 constexpr int tile_rows(Index Q) {
-  const int accumulators =
-      EIGEN_ARCH_DEFAULT_NUMBER_OF_REGISTERS >= 32 ? 24 : has_fma ? 12 : 9;
+  const int accumulators = EIGEN_ARCH_DEFAULT_NUMBER_OF_REGISTERS >= 32 ? 24 : has_fma ? 12 : 9;
   const int rows = accumulators / static_cast<int>(Q);
   return rows < most_tile_rows ? rows : most_tile_rows;
 }

@@ -130,13 +130,12 @@ struct Panels {
     const Index valid = units(unit(j, q));
     for (Index lane = 0; lane < valid; ++lane) to[q * p + lane] += bias[weight_row(j, q) + lane];
   }
+  static bool takes_x(Index q) { return q >= Cell::x_first && q < Cell::x_first + Cell::x_count; }
+  static bool takes_h(Index q) { return q >= Cell::h_first && q < Cell::h_first + Cell::h_count; }
+  static bool takes_b_ih(Index q) { return takes_x(q); }
   // b_hh reaches the packets of the recurrent product, the candidate's among them.
   static bool takes_b_hh(Index q) {
-    return (q >= Cell::h_first && q < Cell::h_first + Cell::h_count) ||
-           (Cell::two_phases && q == candidate.first);
-  }
-  static bool takes_b_ih(Index q) {
-    return q >= Cell::x_first && q < Cell::x_first + Cell::x_count;
+    return takes_h(q) || (Cell::two_phases && q == candidate.first);
   }
 
   void pack_forward(const Weights<const S>& w, S* to) const {

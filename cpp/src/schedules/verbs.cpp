@@ -20,6 +20,9 @@ namespace {
 // that what one layer writes is still in the cache when the next reads it.
 constexpr Index chunk_rows = 256;
 
+// Rows of time x batch up to which packing the weights costs more than it saves.
+constexpr Index direct_rows = 8;
+
 // Work between two looks for an interrupt: a few hundredths of a second on a slow core.
 constexpr double chunk_flops = 5e8;
 
@@ -118,12 +121,13 @@ void forward(const Forward<S>& run, S* tape, Interrupt interrupt) {
   const Split split = split_batch(s, T, B);
   const Index steps = chunk_steps(s, split.most_rows(), T);
   const bool own_y = !tape && L > 1;
+  const bool direct = T * B <= direct_rows;
 
   Arena<S> arena;
   std::vector<Index> packed(L), scratch(split.parts), middle(split.parts);
   Index most_scratch = 0;
   for (Index l = 0; l < L; ++l) {
-    packed[l] = arena.reserve(kernel.forward_packed(s.layer(l)));
+    packed[l] = arena.reserve(direct ? 0 : kernel.forward_packed(s.layer(l)));
     most_scratch =
         std::max(most_scratch, kernel.forward_scratch(s.layer(l), steps, split.most_rows()));
   }
@@ -133,7 +137,7 @@ void forward(const Forward<S>& run, S* tape, Interrupt interrupt) {
     if (own_y) middle[p] = arena.reserve(2 * y_size);
   }
   arena.allocate();
-  for (Index l = 0; l < L; ++l) {
+  for (Index l = 0; l < L && !direct; ++l) {
     kernel.forward_pack(s.layer(l), run.weights[l], arena.at(packed[l]));
   }
 
@@ -152,9 +156,10 @@ void forward(const Forward<S>& run, S* tape, Interrupt interrupt) {
           y = layout.y(tape, l).from(t, b);
         else
           y = {arena.at(middle[p]) + (l % 2) * y_size, rows * H, H};
-        kernel.forward(
-            {s.layer(l), n, rows, x, y, tape ? layout.layer(tape, l).from(t, b) : Sequence<S>{},
-             layer_state(run.final, l, B, H, b), arena.at(packed[l]), arena.at(scratch[p])});
+        kernel.forward({s.layer(l), n, rows, x, y,
+                        tape ? layout.layer(tape, l).from(t, b) : Sequence<S>{},
+                        layer_state(run.final, l, B, H, b), direct ? nullptr : arena.at(packed[l]),
+                        run.weights[l], arena.at(scratch[p])});
         x = {y.data, y.step, y.row};
       }
     }
