@@ -7,6 +7,22 @@
 
 namespace fastbptt {
 
+// Threads that share one job: each has its own panels, and all wait for each other where one needs
+// what another made. The order of every sum is the same for any size of the team.
+struct Team {
+  int rank = 0;
+  int size = 1;
+  void (*barrier)(void*) = nullptr;
+  void* data = nullptr;
+
+  __attribute__((always_inline)) void wait() const {
+    if (size > 1) barrier(data);
+  }
+  // This thread's share of [0, n).
+  __attribute__((always_inline)) Index begin(Index n) const { return n * rank / size; }
+  __attribute__((always_inline)) Index end(Index n) const { return n * (rank + 1) / size; }
+};
+
 // A run of consecutive steps of one layer for some rows of the batch.
 template <class S>
 struct ForwardJob {
@@ -19,6 +35,7 @@ struct ForwardJob {
   State<S> state;       // [batch, H], in and out
   const S* packed;      // by forward_pack; null: the weights as they are, for very few rows
   Weights<const S> weights;
+  Team team;
   S* scratch;  // forward_scratch elements
 };
 
@@ -36,7 +53,8 @@ struct ReverseJob {
   Sequence<S> grad_x;        // data null: not asked for
   State<S> grad_state;       // [batch, H], in: after the last step, out: before the first
   const S* packed;           // by reverse_pack
-  S* scratch;                // reverse_scratch elements, begun
+  Team team;
+  S* scratch;  // reverse_scratch elements, begun
 };
 
 // Sizes are in elements; memory belongs to the caller and is aligned to 64 bytes. Packed weights
@@ -46,12 +64,12 @@ template <class S>
 struct LayerKernels {
   Index (*forward_packed)(const LayerShape&);
   void (*forward_pack)(const LayerShape&, const Weights<const S>&, S* packed);
-  Index (*forward_scratch)(const LayerShape&, Index steps, Index batch);
+  Index (*forward_scratch)(const LayerShape&, Index steps, Index batch, int team);
   void (*forward)(const ForwardJob<S>&);
 
   Index (*reverse_packed)(const LayerShape&);
   void (*reverse_pack)(const LayerShape&, const Weights<const S>&, S* packed);
-  Index (*reverse_scratch)(const LayerShape&, Index steps, Index batch);
+  Index (*reverse_scratch)(const LayerShape&, Index steps, Index batch, int team);
   void (*reverse_begin)(const LayerShape&, S* scratch);
   void (*reverse)(const ReverseJob<S>&);
   // Adds the weight gradients that the scratch has gathered since reverse_begin to `grad`.

@@ -36,9 +36,9 @@ constexpr LayerKernels<S> layer_kernels() {
         with_cell<S>(s.cell,
                      [&](auto cell) { Panels<S, decltype(cell)>(s).pack_forward(w, packed); });
       },
-      [](const LayerShape& s, Index steps, Index batch) {
+      [](const LayerShape& s, Index steps, Index batch, int team) {
         return with_cell<S>(s.cell, [&](auto cell) {
-          return ForwardLayer<S, decltype(cell)>::scratch(s, steps, batch);
+          return ForwardLayer<S, decltype(cell)>::scratch(s, steps, batch, team);
         });
       },
       [](const ForwardJob<S>& job) {
@@ -52,9 +52,9 @@ constexpr LayerKernels<S> layer_kernels() {
         with_cell<S>(s.cell,
                      [&](auto cell) { ReverseLayer<S, decltype(cell)>::pack(s, w, packed); });
       },
-      [](const LayerShape& s, Index steps, Index batch) {
+      [](const LayerShape& s, Index steps, Index batch, int team) {
         return with_cell<S>(s.cell, [&](auto cell) {
-          return ReverseLayer<S, decltype(cell)>::scratch(s, steps, batch);
+          return ReverseLayer<S, decltype(cell)>::scratch(s, steps, batch, team);
         });
       },
       [](const LayerShape& s, S* scratch) {

@@ -20,13 +20,13 @@ class ForwardLayer {
   static constexpr Index width = packets * p;
 
  public:
-  static Index scratch(const LayerShape& s, Index steps, Index batch) {
+  static Index scratch(const LayerShape& s, Index steps, Index batch, int team) {
     const Panels<S, Cell> panels(s);
     // For this many rows or fewer.
     const Index ahead = panels.count() * steps * (batch < few_rows ? batch : few_rows) * width;
     const Index phases =
         Cell::two_phases ? batch * (2 * panels.blocks() * p + Cell::tape * s.hidden_size) : 0;
-    return ahead + batch * width + phases;
+    return ahead + team * batch * width + phases;
   }
 
   static void run(const ForwardJob<S>& job) { ForwardLayer(job).run(); }
@@ -37,8 +37,9 @@ class ForwardLayer {
         panels_(job.shape),
         ahead_(job.packed && x_goes_ahead(job.batch)),
         before_(job.scratch),
-        sums_(before_ + (ahead_ ? panels_.count() * job.steps * job.batch * width : 0)),
-        candidates_(sums_ + job.batch * width),
+        shared_sums_(before_ + (ahead_ ? panels_.count() * job.steps * job.batch * width : 0)),
+        sums_(shared_sums_ + job.team.rank * job.batch * width),
+        candidates_(shared_sums_ + job.team.size * job.batch * width),
         resets_(candidates_ + job.batch * panels_.blocks() * p),
         kept_(resets_ + job.batch * panels_.blocks() * p) {}
 
@@ -48,25 +49,31 @@ class ForwardLayer {
   static bool x_goes_ahead(Index batch) { return batch <= few_rows; }
 
   void run() {
-    if (ahead_) {
-      for (Index j = 0; j < panels_.count(); ++j) multiply_x_ahead(j);
-    }
+    const Team& team = job_.team;
+    const Index begin = team.begin(panels_.count()), end = team.end(panels_.count());
+    for (Index j = begin; ahead_ && j < end; ++j) multiply_x_ahead(j);
     for (Index t = 0; t < job_.steps; ++t) {
       h_ = t == 0 ? Sequence<const S>{job_.state.h, 0, panels_.H}
                   : Sequence<const S>{job_.y.at(t - 1), 0, job_.y.row};
-      for (Index j = 0; j < panels_.count(); ++j) {
-        if (job_.packed)
+      for (Index j = begin; j < end; ++j) {
+        if (job_.packed) {
           step_panel(t, j);
-        else
+        } else {
           step_panel_directly(t, j);
+        }
       }
+      team.wait();
       if constexpr (Cell::two_phases) {
-        for (Index j = 0; j < panels_.candidate_panels(); ++j) step_candidate(t, j);
+        const Index n = panels_.candidate_panels();
+        for (Index j = team.begin(n); j < team.end(n); ++j) step_candidate(t, j);
+        team.wait();
       }
     }
     const Sequence<S> last = job_.y.from(job_.steps - 1);
-    for (Index b = 0; b < job_.batch; ++b)
+    for (Index b = 0; b < job_.batch && team.rank == 0; ++b) {
       for (Index i = 0; i < panels_.H; ++i) job_.state.h[b * panels_.H + i] = last.at(0, b)[i];
+    }
+    team.wait();
   }
 
   S* ahead(Index j, Index row) const {
@@ -221,8 +228,9 @@ class ForwardLayer {
   const ForwardJob<S>& job_;
   const Panels<S, Cell> panels_;
   const bool ahead_;
-  S* const before_;      // sums of the input product [panels][steps * B][width], if it goes ahead
-  S* const sums_;        // [B][width], of the panel in work
+  S* const before_;  // sums of the input product [panels][steps * B][width], if it goes ahead
+  S* const shared_sums_;
+  S* const sums_;        // [B][width], of this thread's panel in work
   S* const candidates_;  // two phases: [B][H], whole packets
   S* const resets_;      // two phases: r h' [B][H], whole packets
   S* const kept_;        // two phases without a tape: [B][tape * H]

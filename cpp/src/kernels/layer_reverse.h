@@ -36,13 +36,15 @@ class ReverseLayer {
     panels.pack_reverse(w.w_ih, s.input_size, x_range<Cell>, to + x_offset(panels));
   }
 
-  static Index scratch(const LayerShape& s, Index steps, Index batch) {
+  static Index scratch(const LayerShape& s, Index steps, Index batch, int team) {
     const Panels<S, Cell> panels(s);
-    return panels.size() + panels.count() * steps * batch * width + steps * batch * 4 * p +
-           (Cell::two_phases ? steps * batch * s.hidden_size : 0) + s.hidden_size;
+    const Index rows = steps * batch;
+    return panels.size() + s.hidden_size + panels.count() * rows * width + team * rows * 4 * p +
+           (Cell::two_phases ? rows * s.hidden_size : 0);
   }
+  // The weight gradients, and the zeros behind them.
   static void begin(const LayerShape& s, S* scratch) {
-    const Index n = Panels<S, Cell>(s).size();
+    const Index n = Panels<S, Cell>(s).size() + s.hidden_size;
     for (Index i = 0; i < n; ++i) scratch[i] = S(0);
   }
   static void run(const ReverseJob<S>& job) { ReverseLayer(job).run(); }
@@ -72,12 +74,11 @@ class ReverseLayer {
       : job_(job),
         panels_(job.shape),
         rows_(job.steps * job.batch),
-        grads_(job.scratch + panels_.size()),
-        sums_(grads_ + panels_.count() * rows_ * width),
-        resets_(sums_ + rows_ * 4 * p),
-        zeros_(resets_ + (Cell::two_phases ? rows_ * panels_.H : 0)) {
-    for (Index i = 0; i < panels_.H; ++i) zeros_[i] = S(0);
-  }
+        zeros_(job.scratch + panels_.size()),
+        grads_(job.scratch + panels_.size() + panels_.H),
+        resets_(grads_ + panels_.count() * rows_ * width),
+        sums_(resets_ + (Cell::two_phases ? rows_ * panels_.H : 0) +
+              job.team.rank * rows_ * 4 * p) {}
 
   static Index candidate_offset(const Panels<S, Cell>& panels) {
     return panels.reverse_size(panels.H, h_range<Cell>);
@@ -88,13 +89,20 @@ class ReverseLayer {
   }
 
   void run() {
+    const Team& team = job_.team;
     for (Index t = job_.steps - 1; t >= 0; --t) {
       step(t);
-      if constexpr (Cell::two_phases) candidate_step(t);
+      team.wait();
+      if constexpr (Cell::two_phases) {
+        candidate_step(t);
+        team.wait();
+      }
     }
     finish_state();
-    for (Index j = 0; j < panels_.count(); ++j) weight_gradients(j);
+    const Index n = panels_.count();
+    for (Index j = team.begin(n); j < team.end(n); ++j) weight_gradients(j);
     if (job_.grad_x.data) input_gradient();
+    team.wait();
   }
 
   // The gate gradients of step t and on, rows of time x batch, of panel j.
@@ -107,7 +115,8 @@ class ReverseLayer {
   FASTBPTT_INLINE void product(Range range, bool split, Index row, Index n, const S* weights,
                                Index columns, Start&& start, End&& end) const {
     const Index J = panels_.count(), step = (Cell::wide ? 4 : range.count) * p;
-    for (Index panel = 0; panel < Panels<S, Cell>::reverse_panels(columns); ++panel) {
+    const Index panels = Panels<S, Cell>::reverse_panels(columns);
+    for (Index panel = job_.team.begin(panels); panel < job_.team.end(panels); ++panel) {
       const Index Q = Panels<S, Cell>::reverse_packets(columns, panel);
       const S* const w = weights ? panels_.reverse_panel(weights, range, panel) : nullptr;
       // Gradient panels whose weights stay in L1 over all rows.
@@ -322,10 +331,10 @@ class ReverseLayer {
   const ReverseJob<S>& job_;
   const Panels<S, Cell> panels_;
   const Index rows_;
-  S* const grads_;   // gate gradients [panels][steps * B][width]
-  S* const sums_;    // [rows][4 p], of the output panel in work
-  S* const resets_;  // two phases: r h' again [steps * B][H]
-  S* const zeros_;   // [H]
+  const S* const zeros_;  // [H]
+  S* const grads_;        // gate gradients [panels][steps * B][width]
+  S* const resets_;       // two phases: r h' again [steps * B][H]
+  S* const sums_;         // [rows][4 p], of this thread's output panel in work
 };
 
 }  // namespace FASTBPTT_ISA

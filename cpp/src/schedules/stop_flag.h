@@ -16,6 +16,7 @@ class StopFlag {
     if (std::this_thread::get_id() == caller_ && interrupt_.poll(interrupt_.data)) stop_ = true;
     return stop_.load(std::memory_order_relaxed);
   }
+  bool is_set() const { return stop_.load(std::memory_order_relaxed); }
   void raise() const {
     if (stop_) throw Interrupted();
   }

@@ -1,6 +1,8 @@
-// The three verbs: a stack of layers walked through time in chunks, rows of the batch shared out to
-// the threads. Each thread takes its rows through all of time, so there is no barrier; the weight
-// gradients of the threads are added up at the end, always in the same order.
+// The three verbs: a stack of layers walked through time in chunks, shared out to the threads in
+// one of two ways. Rows of the batch: each thread takes its rows through all of time, so there is
+// no barrier; the weight gradients of the threads are added up at the end, always in the same
+// order. Or, where the batch is too small for that, hidden units: the threads do each step
+// together.
 #include <algorithm>
 #include <atomic>
 #include <thread>
@@ -29,13 +31,21 @@ constexpr double chunk_flops = 5e8;
 // A thread should have at least this much to do, or waking it costs more than it brings.
 constexpr double flops_a_thread = 1e6;
 
+// Rows of the batch for each of `parts` threads; or, if team > 1, one part that they do together.
 struct Split {
   Index B;
   int parts;
+  int team;
   Index begin(int p) const { return B * p / parts; }
   Index rows(int p) const { return begin(p + 1) - begin(p); }
   Index most_rows() const { return (B + parts - 1) / parts; }
 };
+
+// Rows a thread below which the weights are read so often that it is better to share them out.
+constexpr Index rows_a_thread = 4;
+
+// Work a step and thread that is worth a barrier.
+constexpr double flops_a_barrier = 5e4;
 
 // Of all layers, one step and row.
 double step_flops(const StackShape& s) {
@@ -43,10 +53,43 @@ double step_flops(const StackShape& s) {
          (s.input_size + s.hidden_size * (2.0 * s.num_layers - 1));
 }
 
-Split split_batch(const StackShape& s, Index T, Index B) {
+Split split_work(const StackShape& s, Index T, Index B) {
+  const double threads = get_num_threads();
   const double worth = std::max(1.0, step_flops(s) * T * B / flops_a_thread);
-  const double most = std::min({worth, double(B), double(get_num_threads())});
-  return {B, static_cast<int>(most)};
+  const double layer_step = step_flops(s) * B / s.num_layers;
+  if (B < rows_a_thread * threads) {
+    const double team = std::min({threads, worth, layer_step / flops_a_barrier});
+    if (team >= 2) return {B, 1, static_cast<int>(team)};
+  }
+  return {B, static_cast<int>(std::min({worth, double(B), threads})), 1};
+}
+
+// Calls body(part, team) for every part, or for every member of the team.
+template <class F>
+void run_split(const Split& split, F&& body) {
+  if (split.team == 1) {
+    return run_parts(split.parts, [&](int p) { body(p, Team{}); });
+  }
+  struct Meeting {
+    Barrier barrier;
+    std::atomic<int> size{0};
+  } meeting;
+  run_team(split.team, [&](int rank, int size) {
+    meeting.size.store(size, std::memory_order_relaxed);
+    const auto wait = [](void* data) {
+      Meeting& m = *static_cast<Meeting*>(data);
+      m.barrier.wait(m.size.load(std::memory_order_relaxed));
+    };
+    body(0, Team{rank, size, wait, &meeting});
+  });
+}
+
+// Whether the work is to stop: one answer for all of a team.
+bool asked_to_stop(StopFlag& stop, const Team& team) {
+  if (team.size == 1) return stop.asked();
+  if (team.rank == 0) stop.asked();
+  team.wait();
+  return stop.is_set();
 }
 
 Index chunk_steps(const StackShape& s, Index rows, Index T) {
@@ -118,7 +161,7 @@ void forward(const Forward<S>& run, S* tape, Interrupt interrupt) {
   if (T == 0) return;
 
   const LayerKernels<S>& kernel = kernels().layer<S>();
-  const Split split = split_batch(s, T, B);
+  const Split split = split_work(s, T, B);
   const Index steps = chunk_steps(s, split.most_rows(), T);
   const bool own_y = !tape && L > 1;
   const bool direct = T * B <= direct_rows;
@@ -128,8 +171,8 @@ void forward(const Forward<S>& run, S* tape, Interrupt interrupt) {
   Index most_scratch = 0;
   for (Index l = 0; l < L; ++l) {
     packed[l] = arena.reserve(direct ? 0 : kernel.forward_packed(s.layer(l)));
-    most_scratch =
-        std::max(most_scratch, kernel.forward_scratch(s.layer(l), steps, split.most_rows()));
+    most_scratch = std::max(
+        most_scratch, kernel.forward_scratch(s.layer(l), steps, split.most_rows(), split.team));
   }
   const Index y_size = steps * split.most_rows() * H;
   for (int p = 0; p < split.parts; ++p) {
@@ -143,9 +186,9 @@ void forward(const Forward<S>& run, S* tape, Interrupt interrupt) {
 
   const TapeLayout<S> layout{s, T, B};
   StopFlag stop(interrupt);
-  run_parts(split.parts, [&](int p) {
+  run_split(split, [&](int p, const Team& team) {
     const Index b = split.begin(p), rows = split.rows(p);
-    for (Index t = 0; t < T && !stop.asked(); t += steps) {
+    for (Index t = 0; t < T && !asked_to_stop(stop, team); t += steps) {
       const Index n = std::min(steps, T - t);
       Sequence<const S> x = run.x.from(t, b);
       for (Index l = 0; l < L; ++l) {
@@ -159,7 +202,7 @@ void forward(const Forward<S>& run, S* tape, Interrupt interrupt) {
         kernel.forward({s.layer(l), n, rows, x, y,
                         tape ? layout.layer(tape, l).from(t, b) : Sequence<S>{},
                         layer_state(run.final, l, B, H, b), direct ? nullptr : arena.at(packed[l]),
-                        run.weights[l], arena.at(scratch[p])});
+                        run.weights[l], team, arena.at(scratch[p])});
         x = {y.data, y.step, y.row};
       }
     }
@@ -191,7 +234,7 @@ void reverse(const Forward<S>& run, const Reverse<S>& grad, Interrupt interrupt)
   if (T == 0) return;
 
   const LayerKernels<S>& kernel = kernels().layer<S>();
-  const Split split = split_batch(s, T, B);
+  const Split split = split_work(s, T, B);
   const Index steps = chunk_steps(s, split.most_rows(), T);
 
   Arena<S> arena;
@@ -201,7 +244,7 @@ void reverse(const Forward<S>& run, const Reverse<S>& grad, Interrupt interrupt)
   for (int p = 0; p < split.parts; ++p) {
     for (Index l = 0; l < L; ++l) {
       scratch[p * L + l] =
-          arena.reserve(kernel.reverse_scratch(s.layer(l), steps, split.most_rows()));
+          arena.reserve(kernel.reverse_scratch(s.layer(l), steps, split.most_rows(), split.team));
     }
     middle[p] = arena.reserve(L > 1 ? 2 * x_size : 0);
   }
@@ -212,10 +255,12 @@ void reverse(const Forward<S>& run, const Reverse<S>& grad, Interrupt interrupt)
 
   const TapeLayout<const S> layout{s, T, B};
   StopFlag stop(interrupt);
-  run_parts(split.parts, [&](int p) {
+  run_split(split, [&](int p, const Team& team) {
     const Index b = split.begin(p), rows = split.rows(p);
-    for (Index l = 0; l < L; ++l) kernel.reverse_begin(s.layer(l), arena.at(scratch[p * L + l]));
-    for (Index end = T; end > 0 && !stop.asked();) {
+    for (Index l = 0; l < L && team.rank == 0; ++l) {
+      kernel.reverse_begin(s.layer(l), arena.at(scratch[p * L + l]));
+    }
+    for (Index end = T; end > 0 && !asked_to_stop(stop, team);) {
       const Index t = (end - 1) / steps * steps;
       Sequence<const S> grad_y = grad.grad_y.from(t, b);
       for (Index l = L - 1; l >= 0; --l) {
@@ -238,6 +283,7 @@ void reverse(const Forward<S>& run, const Reverse<S>& grad, Interrupt interrupt)
         job.grad_x = grad_x;
         job.grad_state = layer_state(grad.grad_initial, l, B, H, b);
         job.packed = arena.at(packed[l]);
+        job.team = team;
         job.scratch = arena.at(scratch[p * L + l]);
         kernel.reverse(job);
         grad_y = {grad_x.data, grad_x.step, grad_x.row};

@@ -55,10 +55,20 @@ class BlockedSignals {
   sigset_t before_;
 };
 
+// Tells the core that this is a wait.
+inline void relax() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
 class Pool {
  public:
-  void run(Region& region) {
-    post(region);
+  // With `together`, the region gets as many parts as there are threads for them.
+  void run(Region& region, bool together) {
+    post(region, together);
     // Also when the caller's part throws: the workers must be out of the region before it is gone.
     const struct Leave {
       Pool& pool;
@@ -71,7 +81,7 @@ class Pool {
 
  private:
   // Offers the region to idle workers, starting new ones where there are too few.
-  void post(Region& region) {
+  void post(Region& region, bool together) {
     int offered = 0;
     {
       std::lock_guard<std::mutex> lock(mutex_);
@@ -79,6 +89,8 @@ class Pool {
       if (free_workers() < wanted) start_workers(wanted);
       offered = std::min(free_workers(), wanted);
       offers_.insert(offers_.end(), offered, &region);
+      // Nobody has seen the region yet; and each of these offers will be taken up.
+      if (together) region.parts = 1 + offered;
     }
     for (int i = 0; i < offered; ++i) wake_.notify_one();
   }
@@ -183,7 +195,39 @@ void run_parts(int parts, void (*part)(void*, int), void* context) {
   if (parts <= 0) return;
   if (parts == 1) return part(context, 0);
   Region region{part, context, parts};
-  the_pool().run(region);
+  the_pool().run(region, false);
+}
+
+void run_team(int wanted, void (*body)(void*, int rank, int size), void* context) {
+  struct Member {
+    void (*body)(void*, int, int);
+    void* context;
+    Region* region;
+  } member{body, context, nullptr};
+  Region region{[](void* data, int rank) {
+                  const Member& m = *static_cast<Member*>(data);
+                  m.body(m.context, rank, m.region->parts);
+                },
+                &member, std::max(wanted, 1)};
+  member.region = &region;
+  if (wanted <= 1) return region.part(region.context, 0);
+  the_pool().run(region, true);
+}
+
+void Barrier::wait(int size) {
+  constexpr int spins = 4000;
+  const unsigned phase = phase_.load(std::memory_order_acquire);
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {
+    arrived_.store(0, std::memory_order_relaxed);
+    phase_.store(phase + 1, std::memory_order_release);
+    return;
+  }
+  for (int i = 0; phase_.load(std::memory_order_acquire) == phase; ++i) {
+    if (i < spins)
+      relax();
+    else
+      std::this_thread::yield();
+  }
 }
 
 void set_num_threads(int n) {

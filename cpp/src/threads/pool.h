@@ -1,5 +1,6 @@
 // Worker threads that sleep when idle.
 #pragma once
+#include <atomic>
 #include <type_traits>
 
 namespace fastbptt {
@@ -15,5 +16,28 @@ void run_parts(int parts, F&& f) {
   using Body = std::remove_reference_t<F>;
   run_parts(parts, [](void* body, int p) { (*static_cast<Body*>(body))(p); }, &f);
 }
+
+// Calls body(context, rank, size) on size <= wanted threads, the caller as rank 0, that all run at
+// the same time, so that they may wait for each other. Fewer are there when other callers use the
+// workers.
+void run_team(int wanted, void (*body)(void*, int rank, int size), void* context);
+
+template <class F>
+void run_team(int wanted, F&& f) {
+  using Body = std::remove_reference_t<F>;
+  run_team(
+      wanted, [](void* body, int rank, int size) { (*static_cast<Body*>(body))(rank, size); }, &f);
+}
+
+// Where the threads of a team wait for each other, many times. They spin, for a step of a recurrent
+// layer takes microseconds, and give way when that was not enough.
+class Barrier {
+ public:
+  void wait(int size);
+
+ private:
+  std::atomic<int> arrived_{0};
+  std::atomic<unsigned> phase_{0};
+};
 
 }  // namespace fastbptt
