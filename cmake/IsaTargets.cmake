@@ -4,10 +4,16 @@
 # with the wrong instructions might stay. So Eigen is renamed in each (-DEigen=Eigen_<isa>), the
 # kernels live in a namespace named after the instruction set, and link-time optimisation is off.
 # tests/check_symbols.py reads the objects and fails on any weak symbol that two of them share.
-if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
-  set(FASTBPTT_ISAS avx512 avx2 baseline)
-else()
-  set(FASTBPTT_ISAS baseline)
+#
+# -DFASTBPTT_ISAS=... builds fewer of them.
+if(NOT DEFINED FASTBPTT_ISAS)
+  if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
+    set(FASTBPTT_ISAS avx512 avx2 baseline)
+  else()
+    set(FASTBPTT_ISAS baseline)
+  endif()
+elseif(NOT "baseline" IN_LIST FASTBPTT_ISAS)
+  message(FATAL_ERROR "FASTBPTT_ISAS: got '${FASTBPTT_ISAS}', wanted baseline among them")
 endif()
 set(FASTBPTT_FLAGS_baseline "")
 set(FASTBPTT_FLAGS_avx2 -mavx2 -mfma)

@@ -77,11 +77,14 @@ class Step {
     const auto take = [&](const Array<S>& array) {
       results.insert(results.end(), array.data(), array.data() + array.size());
     };
-    for (const Array<S>* array :
-         {&y_.array(), &final_.h, &final_.c, &grad_x_.array(), &grad_initial_.h, &grad_initial_.c,
-          &grad_readout_, &grad_bias_}) {
-      take(*array);
-    }
+    take(y_.array());
+    take(final_.h);
+    take(final_.c);
+    take(grad_x_.array());
+    take(grad_initial_.h);
+    take(grad_initial_.c);
+    take(grad_readout_);
+    take(grad_bias_);
     for (const Array<S>& grad : grads_.arrays) take(grad);
     return results;
   }

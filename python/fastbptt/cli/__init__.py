@@ -1,4 +1,4 @@
-"""The command line: `fastbptt train` and `fastbptt sample`."""
+"""The command line: `fastbptt train`, `fastbptt sample` and `fastbptt bench`."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import sys
 from collections.abc import Sequence
 
 from fastbptt.cli import options
+from fastbptt.cli.bench import bench
 from fastbptt.cli.errors import RunError, UsageError
 from fastbptt.cli.sample import sample
 from fastbptt.cli.train import train
 
 __all__ = ["main"]
 
-_COMMANDS = {"train": train, "sample": sample}
+_COMMANDS = {"train": train, "sample": sample, "bench": bench}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -61,15 +62,24 @@ def same_file(a: str, b: str) -> bool:
 
 
 def write_json(path: str, content: dict[str, Any]) -> None:
-    """Write `content` under a temporary name and rename it, so that no reader sees half of it."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
+    """Write `content` as JSON, as `write_whole` does."""
+
+    def write(temporary: str) -> None:
         with open(temporary, "w", encoding="utf-8") as file:
             json.dump(content, file, indent=2, ensure_ascii=False, allow_nan=False)
             file.write("\n")
+
+    write_whole(path, "--json", write)
+
+
+def write_whole(path: str, option: str, write: Callable[[str], None]) -> None:
+    """Let `write` write under a temporary name and rename it, so that no reader sees half of it."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        write(temporary)
         os.replace(temporary, path)
     except OSError as error:
-        raise RunError(f"--json: cannot write {path!r}: {_reason(error)}") from error
+        raise RunError(f"{option}: cannot write {path!r}: {_reason(error)}") from error
     finally:
         with suppress(OSError):
             os.unlink(temporary)

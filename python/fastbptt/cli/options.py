@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from fastbptt import __version__
+from fastbptt.bench.libraries import LIBRARIES, installed
+from fastbptt.bench.problems import suites
 from fastbptt.cli.errors import UsageError
 from fastbptt.cli.settings import (
     CELLS,
@@ -43,6 +45,18 @@ was never stopped (on the same machine, with the same number of threads)."""
 
 _SAMPLE = "Write text with a model that `fastbptt train` has saved."
 
+_BENCH = """\
+Time a training step (forward, then all gradients) of a recurrent layer, in this library and in
+NumPy, torch and JAX where they are installed.
+
+The libraries take turns in one process, each held to the same threads, after their results have
+been found to be the same; a time is the median of the runs. GFLOP/s count the operations of the
+matrix products, 3 * 2*T*B * G*H * (I+H). `x ours` is the time over this library's. `of matrix` is
+the share of the rate at which this machine multiplies two large matrices, measured in turn with
+the rest, through NumPy or torch, whichever is faster.
+
+T is steps, B rows of the batch, I inputs and H hidden units."""
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -72,6 +86,15 @@ def parser() -> argparse.ArgumentParser:
             "sample",
             help="write text with a saved model",
             description=_SAMPLE,
+            allow_abbrev=False,
+        )
+    )
+    _add_bench(
+        commands.add_parser(
+            "bench",
+            help="time training steps beside NumPy, torch and JAX",
+            description=_BENCH,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
     )
@@ -177,6 +200,93 @@ def _add_sample(sample: argparse.ArgumentParser) -> None:
         "default 0.8",
     )
     sample.add_argument("--seed", type=whole(0), metavar="N", help="default: another each time")
+
+
+def _add_bench(bench: argparse.ArgumentParser) -> None:
+    bench.add_argument(
+        "--cell",
+        type=some_of(CELLS),
+        default=CELLS,
+        metavar="NAMES",
+        help="with commas between, default " + ",".join(CELLS),
+    )
+    what = bench.add_mutually_exclusive_group()
+    what.add_argument(
+        "--problem",
+        type=sizes,
+        action="append",
+        metavar="T,B,I,H",
+        help="may be given several times",
+    )
+    what.add_argument(
+        "--suite",
+        type=some_of(suites()),
+        default=("small",),
+        metavar="NAMES",
+        help=f"problems of a table, {', '.join(suites())}, with commas between; default small",
+    )
+    bench.add_argument(
+        "--beside",
+        type=_peers,
+        default=tuple(name for name in LIBRARIES[1:] if installed(name)),
+        metavar="NAMES",
+        help=f"of {', '.join(LIBRARIES[1:])}, with commas between, or none; default: those that "
+        "are installed",
+    )
+    bench.add_argument(
+        "--threads", type=whole(1, 1024), default=1, metavar="N", help="of every library, default 1"
+    )
+    bench.add_argument("--dtype", choices=("float32", "float64"), default="float32")
+    bench.add_argument(
+        "--seconds",
+        type=real(0.0, above=True),
+        default=2.0,
+        metavar="X",
+        help="to measure for, in all, for each cell and problem, default 2; each library runs "
+        "a few times at least",
+    )
+    bench.add_argument("--json", metavar="FILE", help="write what was measured here too, as JSON")
+    bench.add_argument(
+        "--plot",
+        metavar="FILE.png",
+        help="also measure the first problem at several T, and draw time and peak memory against "
+        "T; takes matplotlib and some minutes",
+    )
+
+
+def some_of(choices: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
+    """Return a reader of names with commas between; the names are in the order of `choices`."""
+
+    def read(text: str) -> tuple[str, ...]:
+        names = text.split(",")
+        if not set(names) <= set(choices):
+            raise argparse.ArgumentTypeError(f"got {text!r}, wanted some of {','.join(choices)}")
+        return tuple(name for name in choices if name in names)
+
+    return read
+
+
+def sizes(text: str) -> tuple[int, int, int, int]:
+    """Read `T,B,I,H`."""
+    try:
+        T, B, I, H = map(int, text.split(","))  # noqa: E741
+    except ValueError:
+        T = B = I = H = 0  # noqa: E741
+    if min(T, B, I, H) < 1:
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, wanted T,B,I,H, four whole numbers of at least 1"
+        )
+    return T, B, I, H
+
+
+def _peers(text: str) -> tuple[str, ...]:
+    if text == "none":
+        return ()
+    names = some_of(LIBRARIES[1:])(text)
+    for name in names:
+        if not installed(name):
+            raise argparse.ArgumentTypeError(f"got {text!r}, but {name} is not installed")
+    return names
 
 
 def whole(least: int, most: int | None = None) -> Callable[[str], int]:
