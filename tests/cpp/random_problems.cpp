@@ -52,8 +52,11 @@ Options draw_options(Random& random) {
   Options o{};
   o.shape.cell = static_cast<Cell>(random.between(0, 4));
   o.shape.num_layers = random.chance(0.6) ? 1 : random.between(2, 3);
-  o.shape.input_size = draw_size(random);
-  do o.shape.hidden_size = draw_size(random);
+  // So few rows of so wide layers that threads share each step.
+  const bool shared_steps = random.chance(0.2);
+  const auto draw = [&] { return shared_steps ? random.between(40, 150) : draw_size(random); };
+  o.shape.input_size = draw();
+  do o.shape.hidden_size = draw();
   while (flops(o.shape) > most_flops);
   const auto layout = [&] { return static_cast<Layout>(random.between(0, 3)); };
   o.bias = random.chance(0.8);
@@ -70,7 +73,7 @@ Options draw_options(Random& random) {
   if (o.shape.cell == Cell::rnn_relu) {
     most_rows = std::min(most_rows, 3e4 / double(o.shape.num_layers * o.shape.hidden_size));
   }
-  o.B = random.chance(0.7) ? random.between(1, 9) : random.between(1, 40);
+  o.B = random.chance(0.7) || shared_steps ? random.between(1, 9) : random.between(1, 40);
   o.T = random.chance(0.05)  ? 0
         : random.chance(0.7) ? random.between(1, 9)
                              : random.between(1, 400);

@@ -92,6 +92,9 @@ class Pool {
       // Nobody has seen the region yet; and each of these offers will be taken up.
       if (together) region.parts = 1 + offered;
     }
+    // A wake-up that got lost, as some versions of glibc lose a signal (its bug 25847), would leave
+    // a team waiting for ever; a region of parts gets done without.
+    if (together) return wake_.notify_all();
     for (int i = 0; i < offered; ++i) wake_.notify_one();
   }
 

@@ -18,8 +18,8 @@ void run_parts(int parts, F&& f) {
 }
 
 // Calls body(context, rank, size) on size <= wanted threads, the caller as rank 0, that all run at
-// the same time, so that they may wait for each other. Fewer are there when other callers use the
-// workers.
+// the same time, so that they may wait for each other. Fewer are there when the machine gives no
+// more. The body must not throw.
 void run_team(int wanted, void (*body)(void*, int rank, int size), void* context);
 
 template <class F>
