@@ -96,8 +96,8 @@ std::string text_of(const Options& o, const char* type) {
 // Says where a result is wrong, and counts it.
 class Verdict {
  public:
-  // The largest error against the largest magnitude. Gradients may vanish on their way back: what
-  // is too small for a normal float counts as zero.
+  // The largest error against the largest magnitude. Gradients may vanish on their way back: next
+  // to the numbers of size 1 that they come from, `nothing` is nothing.
   void close(const std::string& name, const Vector& got, const Vector& want, double tolerance) {
     double error = 0, size = 0;
     if (got.size() != want.size()) return fail(name, "sizes differ");
@@ -107,7 +107,8 @@ class Verdict {
       if (std::isnan(error)) break;
       size = std::max(size, std::abs(want[i]));
     }
-    const double allowed = tolerance * size + std::numeric_limits<float>::min();
+    constexpr double nothing = 1e-10;
+    const double allowed = size > 0 ? tolerance * std::max(size, nothing) : 0;
     if (error <= allowed) return;
     char text[100];
     std::snprintf(text, sizeof text, "error %.3g, allowed %.3g", error, allowed);
@@ -241,7 +242,9 @@ class StackProblem {
 
   void draw(Random& random) {
     const auto normal = [&] { return random.normal(); };
-    const double bound = 1.0 / std::sqrt(double(o_.shape.hidden_size));
+    // Saturated units would turn a rounding error into any relative error of their slope.
+    const double bound =
+        1.0 / std::sqrt(double(std::max(o_.shape.input_size, o_.shape.hidden_size)));
     x_.for_each([&](S& value) { value = S(normal()); });
     dy_.for_each([&](S& value) { value = S(normal()); });
     for (const StateArrays<S>* state : {&initial_, &grad_final_}) {
