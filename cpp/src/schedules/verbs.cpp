@@ -5,7 +5,6 @@
 // together.
 #include <algorithm>
 #include <atomic>
-#include <thread>
 #include <vector>
 
 #include "dispatch/dispatch.h"
@@ -58,8 +57,10 @@ Split split_work(const StackShape& s, Index T, Index B) {
   const double worth = std::max(1.0, step_flops(s) * T * B / flops_a_thread);
   const double layer_step = step_flops(s) * B / s.num_layers;
   if (B < rows_a_thread * threads) {
-    const double team = std::min({threads, worth, layer_step / flops_a_barrier});
-    if (team >= 2) return {B, 1, static_cast<int>(team)};
+    const int team = static_cast<int>(std::min({threads, worth, layer_step / flops_a_barrier}));
+    // Members that took turns on a CPU would wait for each other at every step.
+    const int fit = team >= 2 ? std::min(team, usable_cpus()) : 1;
+    if (fit >= 2) return {B, 1, fit};
   }
   return {B, static_cast<int>(std::min({worth, double(B), threads})), 1};
 }

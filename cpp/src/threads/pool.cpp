@@ -182,6 +182,14 @@ int default_threads() {
     }
     return static_cast<int>(n);
   }
+  return usable_cpus();
+}
+
+std::atomic<int> threads{0};
+
+}  // namespace
+
+int usable_cpus() {
 #ifdef __linux__
   cpu_set_t set;
   if (sched_getaffinity(0, sizeof set, &set) == 0)
@@ -189,10 +197,6 @@ int default_threads() {
 #endif
   return std::clamp(static_cast<int>(std::thread::hardware_concurrency()), 1, max_threads);
 }
-
-std::atomic<int> threads{0};
-
-}  // namespace
 
 void run_parts(int parts, void (*part)(void*, int), void* context) {
   if (parts <= 0) return;

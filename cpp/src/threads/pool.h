@@ -5,6 +5,9 @@
 
 namespace fastbptt {
 
+// CPUs that this process may run on, 1 to max_threads.
+int usable_cpus();
+
 // Calls part(context, p) once for each p in [0, parts); the caller works too, and always takes part
 // 0. Returns when all are done. Parts may run one after another: workers that other callers use are
 // not waited for. What the caller's own parts throw comes out when all workers are done; one that a
