@@ -82,6 +82,8 @@ class Work:
 
 def interrupt(verb: str) -> None:
     """Runs in a process of its own: a signal that nobody takes must not end the tests."""
+    # A shell's background job inherits SIGINT ignored, and Python then leaves it so.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     work = Work(verb, SECONDS)
     expected = work.small()
     sent = []
