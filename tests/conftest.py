@@ -44,3 +44,14 @@ def one_thread():
     fb.set_num_threads(1)
     yield
     fb.set_num_threads(before)
+
+
+@pytest.fixture
+def own_folder(tmp_path, monkeypatch):
+    """A folder of its own for the test, and the number of threads as it was."""
+    import fastbptt as fb
+
+    before = fb.get_num_threads()
+    monkeypatch.chdir(tmp_path)
+    yield
+    fb.set_num_threads(before)

@@ -28,14 +28,7 @@ from fastbptt import storage
 from fastbptt.cli import loop as cli_loop
 from fastbptt.cli.text import IGNORE, Text
 
-
-@pytest.fixture(autouse=True)
-def _here(tmp_path, monkeypatch):
-    """A folder of its own for each test, and the number of threads as it was."""
-    threads = fb.get_num_threads()
-    monkeypatch.chdir(tmp_path)
-    yield
-    fb.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("own_folder")
 
 
 @pytest.mark.parametrize(("name", "sentences"), [("english", ENGLISH), ("日本語", JAPANESE)])

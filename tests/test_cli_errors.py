@@ -9,13 +9,7 @@ import pytest
 import fastbptt as fb
 from cli_tools import ENGLISH, JAPANESE, SMALL, run, write_table, write_text
 
-
-@pytest.fixture(autouse=True)
-def _here(tmp_path, monkeypatch):
-    threads = fb.get_num_threads()
-    monkeypatch.chdir(tmp_path)
-    yield
-    fb.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("own_folder")
 
 
 @pytest.fixture

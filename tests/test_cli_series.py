@@ -12,12 +12,7 @@ from fastbptt.cli.series import Series, _late_mse, read_series
 FAST = ["--hidden", 16, "--threads", 1]
 
 
-@pytest.fixture(autouse=True)
-def _here(tmp_path, monkeypatch):
-    threads = fb.get_num_threads()
-    monkeypatch.chdir(tmp_path)
-    yield
-    fb.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("own_folder")
 
 
 def wave(count: int = 800) -> np.ndarray:

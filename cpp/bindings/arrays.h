@@ -64,6 +64,11 @@ py::array checked(const char* name, const py::handle& object, std::initializer_l
   return array;
 }
 
+template <class S>
+const S* data(const py::array& array) {
+  return static_cast<const S*>(array.data());
+}
+
 inline bool is_aligned(const py::array& array) {
   return (array.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_) != 0;
 }

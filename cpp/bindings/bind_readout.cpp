@@ -7,11 +7,6 @@ namespace {
 
 using Optional = const py::object&;
 
-template <class S>
-const S* data(const py::array& array) {
-  return static_cast<const S*>(array.data());
-}
-
 // Calls work with a value of the dtype of `array`.
 template <class F>
 auto by_dtype(const char* name, const py::array& array, F&& work) {

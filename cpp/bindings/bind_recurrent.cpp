@@ -20,11 +20,6 @@ Cell cell_of(const std::string& name) {
                         "', wanted rnn_tanh, rnn_relu, lstm, gru or gru_reset_before");
 }
 
-template <class S>
-const S* data(const py::array& array) {
-  return static_cast<const S*>(array.data());
-}
-
 // A state as the caller gave it: arrays that live as long as this does, and pointers into them.
 template <class S>
 struct StateArrays {

@@ -15,7 +15,7 @@ namespace FASTBPTT_ISA {
 // exp(x) for x in [-87, 88], and its value at the nearer end beyond: with n = round(x / ln 2) and
 // r = x - n ln 2, 2^n (1 + r + r^2 P(r)), the polynomial of Cephes' expf (Moshier). Rounding by a
 // large constant leaves n in the low bits, where a shift makes 2^n of it. Eigen's own exp also
-// serves the denormal results, at twice the price. The product with 2^n keeps a NaN.
+// serves the denormal results, at a higher price. The product with 2^n keeps a NaN.
 FASTBPTT_INLINE Packet<float> exp_of(const Packet<float>& x) {
   using P = Packet<float>;
   using I = typename Eigen::internal::unpacket_traits<P>::integer_packet;

@@ -76,14 +76,13 @@ struct LayerKernels {
   void (*reverse_finish)(const LayerShape&, const S* scratch, const Weights<S>& grad);
 };
 
-// Rows of a readout. x [rows, K] with a stride, the others contiguous.
+// Rows of a readout. All arrays are contiguous.
 template <class S>
 struct RowsJob {
   Index rows;
   Index K;
   Index N;
-  const S* x;
-  Index x_row;
+  const S* x;       // [rows, K]
   const S* weight;  // [N, K]
   const S* bias;    // [N] or null
 };

@@ -177,14 +177,10 @@ class ReverseLayer {
     return u;
   }
 
-  static Index valid(Index columns, Index first) {
-    return columns - first < p ? columns - first : p;
-  }
-
   // What dL/dh starts from: the error of the step itself and what comes back past the weights.
   void start_h(S* sums, Index Q, Index panel, const S* grad_y, const S* carry) const {
     for (Index q = 0; q < Q; ++q) {
-      const Index first = (panel * 4 + q) * p, n = valid(panels_.H, first);
+      const Index first = (panel * 4 + q) * p, n = panels_.units(first);
       Packet<S> sum = grad_y ? load(grad_y + first, n) : constant<S>(0);
       if (carry) sum = padd(sum, load(carry + first, n));
       store(sums + q * p, sum);
@@ -267,7 +263,7 @@ class ReverseLayer {
   static void write_row(const S* sums, Index Q, Index panel, Index columns, S* row) {
     for (Index q = 0; q < Q; ++q) {
       const Index first = (panel * 4 + q) * p;
-      store(row + first, load(sums + q * p), valid(columns, first));
+      store(row + first, load(sums + q * p), Panels<S, Cell>::valid(columns, first));
     }
   }
 

@@ -1,7 +1,6 @@
 // The register tile that all products are made of.
 //
-//   sums[r][q] += sum over k of a(r, k) * panel[k][q]     r < R <= tile_rows rows, q < Q <= 4
-//   packets
+//   sums[r][q] += sum over k of a(r, k) * panel[k][q]     r < R rows, q < Q <= 4 packets
 //
 // a is read a value at a time and broadcast; a panel is packed so that the packets of one k stand
 // side by side. A tile of tile_rows(Q) rows fills the registers with accumulators.

@@ -47,7 +47,11 @@ struct Panels {
   Index packets(Index j, Range range) const { return Cell::wide ? packets(j) : range.count; }
   // The hidden units of packet q of panel j, and how many of them there are.
   Index unit(Index j, Index q) const { return (Cell::wide ? 4 * j + q : j) * p; }
-  Index units(Index unit) const { return H - unit < p ? H - unit : p; }
+  Index units(Index unit) const { return valid(H, unit); }
+  // Of a packet that begins at column `first`, the lanes that are columns.
+  static Index valid(Index columns, Index first) {
+    return columns - first < p ? columns - first : p;
+  }
   // The row of PyTorch's weight behind lane 0 of packet q of panel j.
   Index weight_row(Index j, Index q) const { return Cell::gate[q] * H + unit(j, q); }
 
@@ -159,7 +163,6 @@ struct Panels {
   }
 
   // Rows of a reverse panel: the gate gradients of the range.
-  Index reverse_rows(Index j, Range range) const { return packets(j, range) * p; }
   Index reverse_rows(Range range) const { return blocks() * p * (Cell::wide ? 1 : range.count); }
   static Index reverse_panels(Index columns) { return ceil_div(ceil_div(columns, p), 4); }
   static Index reverse_packets(Index columns, Index panel) {
@@ -169,10 +172,8 @@ struct Panels {
   Index reverse_size(Index columns, Range range) const {
     return reverse_rows(range) * ceil_div(columns, p) * p;
   }
-  S* reverse_panel(S* panels, Range range, Index panel) const {
-    return panels + panel * 4 * p * reverse_rows(range);
-  }
-  const S* reverse_panel(const S* panels, Range range, Index panel) const {
+  template <class T>
+  T* reverse_panel(T* panels, Range range, Index panel) const {
     return panels + panel * 4 * p * reverse_rows(range);
   }
   void pack_reverse(const S* weight, Index columns, Range range, S* to) const {

@@ -32,7 +32,7 @@ template <class S>
 void linear(const RowsJob<S>& job, S* y) {
   auto out = mutable_rows(y, job.rows, job.N, job.N);
   out.noalias() =
-      rows(job.x, job.rows, job.K, job.x_row) * rows(job.weight, job.N, job.K, job.K).transpose();
+      rows(job.x, job.rows, job.K, job.K) * rows(job.weight, job.N, job.K, job.K).transpose();
   if (job.bias) out.rowwise() += Row<S>(job.bias, job.N).matrix();
 }
 
@@ -43,7 +43,7 @@ void linear_backward(const RowsJob<S>& job, const S* grad_y, S* grad_x, S* grad_
   mutable_rows(grad_x, job.rows, job.K, job.K).noalias() =
       grad * rows(job.weight, job.N, job.K, job.K);
   mutable_rows(grad_weight, job.N, job.K, job.K).noalias() +=
-      grad.transpose() * rows(job.x, job.rows, job.K, job.x_row);
+      grad.transpose() * rows(job.x, job.rows, job.K, job.K);
   if (!grad_bias) return;
   // Row by row: Eigen's sum of columns goes by the alignment of its result.
   MutableRow<S> sum(grad_bias, job.N);

@@ -12,7 +12,7 @@ namespace {
 constexpr std::size_t ask_from = std::size_t(256) << 20;
 
 // A large tape is written once from end to end, so most of its cost is the pages' first touch: huge
-// ones, where the system has them, make that a fraction.
+// ones, where the system has them, take fewer faults for it.
 constexpr std::size_t huge_page = std::size_t(2) << 20;
 constexpr std::size_t huge_from = 2 * huge_page;
 

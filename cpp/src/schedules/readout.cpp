@@ -16,9 +16,6 @@ namespace {
 // A block's logits stay in the cache between the product, the loss and the products back.
 constexpr Index block_rows = 128;
 
-// A thread should have at least this much to do, or waking it costs more than it brings.
-constexpr double flops_a_thread = 1e6;
-
 // Consecutive blocks of rows, shared out to threads. Which rows a part has depends on the number of
 // threads alone, so the same call gives the same bits.
 struct Split {
@@ -38,7 +35,7 @@ Split split_rows(Index rows, double flops) {
 
 template <class S>
 RowsJob<S> rows_of(const Linear<S>& layer, Index row, Index n) {
-  return {n, layer.K, layer.N, layer.x + row * layer.K, layer.K, layer.weight, layer.bias};
+  return {n, layer.K, layer.N, layer.x + row * layer.K, layer.weight, layer.bias};
 }
 
 // Calls body(part, row, n) for every block; parts run beside each other.

@@ -27,9 +27,6 @@ constexpr Index direct_rows = 8;
 // Work between two looks for an interrupt: a few hundredths of a second on a slow core.
 constexpr double chunk_flops = 5e8;
 
-// A thread should have at least this much to do, or waking it costs more than it brings.
-constexpr double flops_a_thread = 1e6;
-
 // Rows of the batch for each of `parts` threads; or, if team > 1, one part that they do together.
 struct Split {
   Index B;

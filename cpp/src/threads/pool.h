@@ -5,6 +5,9 @@
 
 namespace fastbptt {
 
+// A thread should have at least this much to do, or waking it costs more than it brings.
+constexpr double flops_a_thread = 1e6;
+
 // CPUs that this process may run on, 1 to max_threads.
 int usable_cpus();
 
