@@ -1,7 +1,6 @@
 // Scratch memory: aligned, not initialised, freed with its owner.
 #pragma once
 #include <cstddef>
-#include <cstdlib>
 #include <new>
 
 #include "fastbptt/types.h"
@@ -11,6 +10,9 @@ namespace fastbptt {
 // Throws std::bad_alloc when the machine plainly cannot give that much, rather than let an
 // overcommitting kernel kill the process when the pages are touched.
 void* allocate_aligned(std::size_t bytes);
+
+// Takes back what allocate_aligned(bytes) gave; null is nothing.
+void free_aligned(void* data, std::size_t bytes) noexcept;
 
 template <class S>
 class Buffer {
@@ -27,7 +29,7 @@ class Buffer {
   }
   Buffer& operator=(Buffer&& other) noexcept {
     if (this != &other) {
-      std::free(data_);
+      release();
       data_ = other.data_;
       size_ = other.size_;
       other.data_ = nullptr;
@@ -35,11 +37,13 @@ class Buffer {
     }
     return *this;
   }
-  ~Buffer() { std::free(data_); }
+  ~Buffer() { release(); }
   S* data() const { return data_; }
   Index size() const { return size_; }
 
  private:
+  void release() { free_aligned(data_, static_cast<std::size_t>(size_) * sizeof(S)); }
+
   S* data_ = nullptr;
   Index size_ = 0;
 };

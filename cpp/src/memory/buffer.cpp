@@ -1,6 +1,10 @@
 #include "fastbptt/buffer.h"
 
+#include <array>
 #include <cstdio>
+#include <cstdlib>
+#include <mutex>
+#include <utility>
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -35,18 +39,95 @@ std::size_t available_memory() {
   return available;
 }
 
-}  // namespace
+std::size_t alignment_of(std::size_t bytes) { return bytes >= huge_from ? huge_page : 64; }
 
-void* allocate_aligned(std::size_t bytes) {
-  const std::size_t alignment = bytes >= huge_from ? huge_page : 64;
-  bytes = (bytes + alignment - 1) / alignment * alignment;
+std::size_t rounded(std::size_t bytes) {
+  const std::size_t alignment = alignment_of(bytes);
+  return (bytes + alignment - 1) / alignment * alignment;
+}
+
+void* from_system(std::size_t bytes) {
   if (bytes >= ask_from && bytes > available_memory()) throw std::bad_alloc();
+  const std::size_t alignment = alignment_of(bytes);
   void* data = std::aligned_alloc(alignment, bytes);
   if (!data) throw std::bad_alloc();
 #ifdef __linux__
   if (alignment == huge_page) madvise(data, bytes, MADV_HUGEPAGE);
 #endif
   return data;
+}
+
+#if defined(MADV_FREE) && !defined(__SANITIZE_ADDRESS__)
+// Large blocks that were freed, for the next training step, which wants the same again: to get them
+// from the system each time costs a tenth of a step, and half of one where it has to move other
+// pages to make huge ones. While they lie here the system may take their pages (MADV_FREE).
+class FreeBlocks {
+ public:
+  // A block of exactly this size; or null, and then the others go too: who asks for another size is
+  // likely not to want them again.
+  void* take(std::size_t bytes) noexcept {
+    std::array<Block, 4> unwanted;
+    {
+      const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+      if (!lock) return nullptr;
+      for (Block& block : blocks_) {
+        if (block.bytes == bytes) return std::exchange(block, Block{}).data;
+      }
+      unwanted = std::exchange(blocks_, {});
+    }
+    for (const Block& block : unwanted) std::free(block.data);
+    return nullptr;
+  }
+  // Keeps it, and frees the one that has been here longest.
+  void put(void* data, std::size_t bytes) noexcept {
+    madvise(data, bytes, MADV_FREE);
+    {
+      // Never waits: after a fork another thread's lock may stay locked for good.
+      const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+      if (lock) {
+        data = std::exchange(blocks_[oldest_], Block{data, bytes}).data;
+        oldest_ = (oldest_ + 1) % blocks_.size();
+      }
+    }
+    std::free(data);
+  }
+
+ private:
+  struct Block {
+    void* data = nullptr;
+    std::size_t bytes = 0;
+  };
+  std::mutex mutex_;
+  std::array<Block, 4> blocks_;
+  std::size_t oldest_ = 0;
+};
+
+FreeBlocks& free_blocks() {
+  static FreeBlocks* const blocks = new FreeBlocks;  // outlives every static that frees a buffer
+  return *blocks;
+}
+#else
+struct FreeBlocks {
+  void* take(std::size_t) noexcept { return nullptr; }
+  void put(void* data, std::size_t) noexcept { std::free(data); }
+};
+FreeBlocks free_blocks() { return {}; }
+#endif
+
+}  // namespace
+
+void* allocate_aligned(std::size_t bytes) {
+  bytes = rounded(bytes);
+  if (bytes >= huge_from) {
+    if (void* data = free_blocks().take(bytes)) return data;
+  }
+  return from_system(bytes);
+}
+
+void free_aligned(void* data, std::size_t bytes) noexcept {
+  bytes = rounded(bytes);
+  if (data && bytes >= huge_from) return free_blocks().put(data, bytes);
+  std::free(data);
 }
 
 }  // namespace fastbptt
