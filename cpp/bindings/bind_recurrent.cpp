@@ -4,21 +4,12 @@
 #include <optional>
 
 #include "arrays.h"
+#include "cells.h"
 #include "concepts.h"
 #include "fastbptt/buffer.h"
 
 namespace fastbptt::bindings {
 namespace {
-
-Cell cell_of(const std::string& name) {
-  if (name == "rnn_tanh") return Cell::rnn_tanh;
-  if (name == "rnn_relu") return Cell::rnn_relu;
-  if (name == "lstm") return Cell::lstm;
-  if (name == "gru") return Cell::gru;
-  if (name == "gru_reset_before") return Cell::gru_reset_before;
-  throw py::value_error("cell: got '" + name +
-                        "', wanted rnn_tanh, rnn_relu, lstm, gru or gru_reset_before");
-}
 
 // A state as the caller gave it: arrays that live as long as this does, and pointers into them.
 template <class S>

@@ -6,6 +6,7 @@ namespace fastbptt::bindings {
 
 void bind_runtime(pybind11::module_& m);
 void bind_recurrent(pybind11::module_& m);
+void bind_functional(pybind11::module_& m);
 void bind_readout(pybind11::module_& m);
 
 }  // namespace fastbptt::bindings

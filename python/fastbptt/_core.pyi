@@ -47,6 +47,65 @@ class Stack:
         need_x: bool,
     ) -> tuple[Array | None, State, list[Array | None]]: ...
 
+def packed_rows(batch_sizes: int, T: int) -> int:
+    """Return the sum of the int64 sizes at this address; -1 if one rises or is under 1."""
+
+class Verbs:
+    """The three verbs for one shape of stack, over memory of another library.
+
+    Arrays are addresses, 0 for none, sequences an address and the strides of time and batch in
+    elements, weights four addresses a layer. Nothing about them is checked. `batch_sizes` is the
+    address of those of a packed sequence, whose own step is that of the batch. With `reversed` time
+    runs from the last step to the first.
+    """
+
+    def __init__(
+        self,
+        cell: str,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int,
+        is_double: bool,
+        reversed: bool,
+    ) -> None: ...
+    def tape_size(self, T: int, B: int, batch_sizes: int = 0) -> int: ...
+    def new_tape(self, size: int) -> Array: ...
+    def forward(
+        self,
+        T: int,
+        B: int,
+        batch_sizes: int,
+        x: tuple[int, int, int],
+        h: int,
+        c: int,
+        weights: list[int],
+        y: tuple[int, int, int],
+        last_h: int,
+        last_c: int,
+        tape: int,
+        threads: int,
+    ) -> None: ...
+    def backward(
+        self,
+        T: int,
+        B: int,
+        batch_sizes: int,
+        x: tuple[int, int, int],
+        h: int,
+        c: int,
+        weights: list[int],
+        y: tuple[int, int, int],
+        tape: int,
+        grad_y: tuple[int, int, int],
+        grad_last_h: int,
+        grad_last_c: int,
+        grad_x: tuple[int, int, int],
+        grad_h: int,
+        grad_c: int,
+        grad_weights: list[int],
+        threads: int,
+    ) -> None: ...
+
 def linear(x: Array, weight: Array, bias: Array | None) -> Array:
     """Return `x @ weight.T + bias` over the last axis; x has two or three axes."""
 

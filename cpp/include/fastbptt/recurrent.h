@@ -59,7 +59,8 @@ void record(const Forward<S>& run, S* tape, Interrupt interrupt = {});
 //   grad_final  [L, B, H], null: zeros
 //   grad_x      [T, B, I], data null: not computed
 //   grad_initial  [L, B, H], written
-//   grad_weights  one a layer, added to; null biases are skipped
+//   grad_weights  one a layer, added to; null biases are skipped, and with a null w_ih the layer's
+//                 weight gradients are not computed at all
 template <class S>
 struct Reverse {
   const S* tape;

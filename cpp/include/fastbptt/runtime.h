@@ -22,4 +22,16 @@ constexpr int max_threads = 1024;
 void set_num_threads(int n);
 int get_num_threads();
 
+// While it lives, the calls that this thread makes have so many threads, whatever the setting.
+class ThreadLimit {
+ public:
+  explicit ThreadLimit(int n);
+  ~ThreadLimit();
+  ThreadLimit(const ThreadLimit&) = delete;
+  ThreadLimit& operator=(const ThreadLimit&) = delete;
+
+ private:
+  int before_;
+};
+
 }  // namespace fastbptt

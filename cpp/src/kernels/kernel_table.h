@@ -54,7 +54,8 @@ struct ReverseJob {
   State<S> grad_state;       // [batch, H], in: after the last step, out: before the first
   const S* packed;           // by reverse_pack
   Team team;
-  S* scratch;  // reverse_scratch elements, begun
+  S* scratch;           // reverse_scratch elements, begun
+  bool weights = true;  // whether the weight gradients are wanted
 };
 
 // Sizes are in elements; memory belongs to the caller and is aligned to 64 bytes. Packed weights

@@ -99,7 +99,7 @@ class ReverseLayer {
       }
     }
     finish_state();
-    const Index n = panels_.count();
+    const Index n = job_.weights ? panels_.count() : 0;
     for (Index j = team.begin(n); j < team.end(n); ++j) weight_gradients(j);
     if (job_.grad_x.data) input_gradient();
     team.wait();

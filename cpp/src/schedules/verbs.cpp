@@ -283,6 +283,7 @@ void reverse(const Forward<S>& run, const Reverse<S>& grad, Interrupt interrupt)
         job.packed = arena.at(packed[l]);
         job.team = team;
         job.scratch = arena.at(scratch[p * L + l]);
+        job.weights = grad.grad_weights[l].w_ih != nullptr;
         kernel.reverse(job);
         grad_y = {grad_x.data, grad_x.step, grad_x.row};
       }
@@ -291,7 +292,7 @@ void reverse(const Forward<S>& run, const Reverse<S>& grad, Interrupt interrupt)
   });
   stop.raise();
   for (Index l = 0; l < L; ++l) {
-    for (int p = 0; p < split.parts; ++p) {
+    for (int p = 0; p < split.parts && grad.grad_weights[l].w_ih; ++p) {
       kernel.reverse_finish(s.layer(l), arena.at(scratch[p * L + l]), grad.grad_weights[l]);
     }
   }

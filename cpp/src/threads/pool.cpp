@@ -187,6 +187,8 @@ int default_threads() {
 
 std::atomic<int> threads{0};
 
+thread_local int limit = 0;  // 0: none
+
 }  // namespace
 
 int usable_cpus() {
@@ -246,11 +248,16 @@ void set_num_threads(int n) {
 }
 
 int get_num_threads() {
+  if (limit != 0) return limit;
   int n = threads;
   if (n != 0) return n;
   const int standard = default_threads();
   // Unless another thread has set it by now.
   return threads.compare_exchange_strong(n, standard) ? standard : n;
 }
+
+ThreadLimit::ThreadLimit(int n) : before_(limit) { limit = std::clamp(n, 1, max_threads); }
+
+ThreadLimit::~ThreadLimit() { limit = before_; }
 
 }  // namespace fastbptt

@@ -1,0 +1,21 @@
+// The names that the cells have in Python.
+#pragma once
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "fastbptt/types.h"
+
+namespace fastbptt::bindings {
+
+inline Cell cell_of(const std::string& name) {
+  if (name == "rnn_tanh") return Cell::rnn_tanh;
+  if (name == "rnn_relu") return Cell::rnn_relu;
+  if (name == "lstm") return Cell::lstm;
+  if (name == "gru") return Cell::gru;
+  if (name == "gru_reset_before") return Cell::gru_reset_before;
+  throw pybind11::value_error("cell: got '" + name +
+                              "', wanted rnn_tanh, rnn_relu, lstm, gru or gru_reset_before");
+}
+
+}  // namespace fastbptt::bindings

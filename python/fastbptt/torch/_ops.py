@@ -1,0 +1,255 @@
+"""A run through time as autograd and the compiler see it.
+
+Twice the same: an `autograd.Function` for plain tensors, and operators with fake kernels for what
+traces the program, such as `torch.compile`. The dispatcher takes a tenth of a millisecond for an
+operator written in Python, as long as a whole training step of a small layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastbptt.torch import _verbs
+from fastbptt.torch._steps import differentiable_gradients
+from fastbptt.torch._verbs import Run
+
+
+def recurrent(
+    run: Run, x: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return y and the last h and c of tensors that `_verbs.check` has seen."""
+    needs_grad = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (x, h, c, *weights)
+    )
+    if is_traced():
+        how = run.cell, run.bias, run.batch_first, run.reversed
+        if needs_grad:
+            y, last_h, last_c, _ = record(x, h, c, list(weights), *how)
+        else:
+            y, last_h, last_c = advance(x, h, c, list(weights), *how)
+        return y, last_h, last_c if run.cell == "lstm" else None
+    if needs_grad:
+        results: tuple[Tensor, Tensor, Tensor | None] = _Recurrent.apply(run, x, h, c, *weights)  # type: ignore[no-untyped-call]
+        return results
+    return _verbs.forward(run, x, h, c, weights, keep=False)[:3]
+
+
+def is_traced() -> bool:
+    """Whether operators are looked at by something that cannot look into the core."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
+class _Recurrent(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, run: Run, x: Tensor, h: Tensor | None, c: Tensor | None, *weights: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        y, last_h, last_c, tape = _verbs.forward(run, x, h, c, weights, keep=True)
+        ctx.run = run
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, h, c, y, tape, *weights)
+        return y, last_h, last_c
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, h, c, y, tape, *weights = ctx.saved_tensors
+        _, need_x, need_h, need_c, *need_weights = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # create_graph
+            inputs = (x, h, c, *weights)
+            return None, *differentiable_gradients(ctx.run, inputs, ctx.needs_input_grad[1:], grads)
+        found = _verbs.backward(
+            ctx.run, x, h, c, weights, y, tape, grads, need_x, need_h or need_c, need_weights
+        )
+        return None, found.x, found.h, found.c, *found.weights
+
+
+def _checked(
+    cell: str,
+    bias: bool,
+    batch_first: bool,
+    reversed: bool,
+    x: Tensor,
+    h: Tensor | None,
+    c: Tensor | None,
+    weights: Sequence[Tensor],
+) -> Run:
+    """Return the run; `RuntimeError` if the core cannot take it."""
+    run = Run(cell, bias, batch_first, reversed)
+    if problem := _verbs.check(run, x, h, c, weights):
+        raise RuntimeError(problem)
+    return run
+
+
+@torch.library.custom_op("fastbptt::advance", mutates_args=(), device_types="cpu")
+def advance(
+    x: Tensor,
+    h: Tensor | None,
+    c: Tensor | None,
+    weights: Sequence[Tensor],
+    cell: str,
+    bias: bool,
+    batch_first: bool,
+    reversed: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y and the last h and c; of other cells than the LSTM, c is empty."""
+    run = _checked(cell, bias, batch_first, reversed, x, h, c, weights)
+    y, last_h, last_c, _ = _verbs.forward(run, x, h, c, weights, keep=False)
+    return y, last_h, x.new_empty(0) if last_c is None else last_c
+
+
+@torch.library.custom_op("fastbptt::record", mutates_args=(), device_types="cpu")
+def record(
+    x: Tensor,
+    h: Tensor | None,
+    c: Tensor | None,
+    weights: Sequence[Tensor],
+    cell: str,
+    bias: bool,
+    batch_first: bool,
+    reversed: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return what `advance` does, and the tape."""
+    run = _checked(cell, bias, batch_first, reversed, x, h, c, weights)
+    y, last_h, last_c, tape = _verbs.forward(run, x, h, c, weights, keep=True)
+    assert tape is not None
+    return y, last_h, x.new_empty(0) if last_c is None else last_c, tape
+
+
+@torch.library.custom_op("fastbptt::reverse", mutates_args=(), device_types="cpu")
+def reverse(
+    x: Tensor,
+    h: Tensor | None,
+    c: Tensor | None,
+    weights: Sequence[Tensor],
+    y: Tensor,
+    tape: Tensor,
+    grad_y: Tensor | None,
+    grad_h: Tensor | None,
+    grad_c: Tensor | None,
+    cell: str,
+    bias: bool,
+    batch_first: bool,
+    reversed: bool,
+    need_x: bool,
+    need_state: bool,
+    need_weights: Sequence[bool],
+) -> list[Tensor]:
+    """Return the gradients of x, h, c and the weights; empty ones where not needed."""
+    run = _checked(cell, bias, batch_first, reversed, x, h, c, weights)
+    H = weights[1].shape[1]
+    for name, tensor, shape in (
+        ("y", y, (*x.shape[:-1], H)),
+        ("tape", tape, (_verbs.tape_size(run, x, weights),)),
+        ("grad_y", grad_y, y.shape),
+        ("grad_h", grad_h, (len(weights) // (4 if bias else 2), _verbs.sizes(run, x)[1], H)),
+        ("grad_c", grad_c, (len(weights) // (4 if bias else 2), _verbs.sizes(run, x)[1], H)),
+    ):
+        if tensor is not None and (tensor.shape != shape or tensor.dtype != x.dtype):
+            found = f"{tensor.dtype} {tuple(tensor.shape)}"
+            raise RuntimeError(f"{name}: got {found}, wanted {x.dtype} {tuple(shape)}")
+    grads = (grad_y, grad_h, grad_c)
+    needs = (need_x, need_state, need_weights)
+    found_x, found_h, found_c, found_weights = _verbs.backward(
+        run, x, h, c, weights, y.contiguous(), tape.contiguous(), grads, *needs
+    )
+    all_found = (found_x, found_h, found_c, *found_weights)
+    wanted = _wanted(h, c, *needs)
+    return [
+        grad if grad is not None and need else x.new_empty(0)
+        for grad, need in zip(all_found, wanted, strict=True)
+    ]
+
+
+def _wanted(
+    h: Tensor | None, c: Tensor | None, need_x: bool, need_state: bool, need_weights: Sequence[bool]
+) -> list[bool]:
+    return [need_x, need_state and h is not None, need_state and c is not None, *need_weights]
+
+
+@advance.register_fake
+def _(
+    x: Tensor,
+    h: Tensor | None,
+    c: Tensor | None,
+    weights: Sequence[Tensor],
+    cell: str,
+    bias: bool,
+    batch_first: bool,
+    reversed: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    H, L = weights[1].shape[1], len(weights) // (4 if bias else 2)
+    state = (L, x.shape[0 if batch_first else 1], H)
+    y = x.new_empty((*x.shape[:-1], H))
+    return y, x.new_empty(state), x.new_empty(state if cell == "lstm" else 0)
+
+
+@record.register_fake
+def _(
+    x: Tensor,
+    h: Tensor | None,
+    c: Tensor | None,
+    weights: Sequence[Tensor],
+    cell: str,
+    bias: bool,
+    batch_first: bool,
+    reversed: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y, last_h, last_c = advance(x, h, c, weights, cell, bias, batch_first, reversed)
+    tape = _verbs.tape_size(Run(cell, bias, batch_first, reversed), x, weights)
+    return y, last_h, last_c, x.new_empty(tape)
+
+
+@reverse.register_fake
+def _(
+    x: Tensor,
+    h: Tensor | None,
+    c: Tensor | None,
+    weights: Sequence[Tensor],
+    y: Tensor,
+    tape: Tensor,
+    grad_y: Tensor | None,
+    grad_h: Tensor | None,
+    grad_c: Tensor | None,
+    cell: str,
+    bias: bool,
+    batch_first: bool,
+    reversed: bool,
+    need_x: bool,
+    need_state: bool,
+    need_weights: Sequence[bool],
+) -> list[Tensor]:
+    wanted = _wanted(h, c, need_x, need_state, need_weights)
+    return [
+        x.new_empty(tensor.shape if tensor is not None and need else 0)
+        for tensor, need in zip((x, h, c, *weights), wanted, strict=True)
+    ]
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, h, c, weights, *ctx.how = inputs
+    y, _, _, tape = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, h, c, y, tape, *weights)
+
+
+def _reverse(
+    ctx: Any, grad_y: Tensor | None, grad_h: Tensor | None, grad_c: Tensor | None, _: Any
+) -> Any:
+    x, h, c, y, tape, *weights = ctx.saved_tensors
+    need_x, need_h, need_c, need_weights, *_ = ctx.needs_input_grad
+    if ctx.how[0] != "lstm":
+        grad_c = None
+    needs = need_x, need_h or need_c, list(need_weights)
+    found = reverse(x, h, c, weights, y, tape, grad_y, grad_h, grad_c, *ctx.how, *needs)
+    grads = [
+        grad if need else None
+        for grad, need in zip(found, _wanted(h, c, *needs), strict=True)
+    ]
+    return (*grads[:3], grads[3:], *(None for _ in ctx.how))
+
+
+record.register_autograd(_reverse, setup_context=_keep)

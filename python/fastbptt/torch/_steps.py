@@ -1,0 +1,83 @@
+"""Gradients that can be differentiated again: the run once more, step by step, in torch's cells."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastbptt.torch._verbs import Run, sizes
+
+
+def differentiable_gradients(
+    run: Run,
+    inputs: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    grads: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """Return the gradients of x, h, c and the weights as functions of them and of `grads`.
+
+    Slow: one torch operation after the other, for `create_graph=True` alone.
+    """
+    # Views of their own, or an input that was made from another would have its gradient twice.
+    views = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
+    results = _forward(run, *views)  # type: ignore[arg-type]
+    used = [
+        (result, grad) for result, grad in zip(results, grads, strict=True) if grad is not None
+    ]
+    wanted = [view for view, need in zip(views, needed, strict=True) if need]
+    if not used:
+        return [None] * len(views)
+    found = iter(
+        torch.autograd.grad(
+            [result for result, _ in used],
+            wanted,
+            [grad for _, grad in used],
+            create_graph=True,
+            allow_unused=True,
+        )
+    )
+    return [next(found) if need else None for need in needed]
+
+
+def _forward(
+    run: Run, x: Tensor, h: Tensor | None, c: Tensor | None, *weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    T, B = sizes(run, x)
+    if run.batch_sizes is not None:
+        steps = list(x.split(run.batch_sizes.tolist()))
+    else:
+        steps = list(x.unbind(1 if run.batch_first else 0))
+    if run.reversed:
+        steps.reverse()
+    a_layer = 4 if run.bias else 2
+    last_h, last_c = [], []
+    for layer in range(len(weights) // a_layer):
+        own = weights[layer * a_layer : (layer + 1) * a_layer]
+        zeros = x.new_zeros(B, own[1].shape[1])
+        h_l = zeros if h is None else h[layer]
+        c_l = zeros if c is None else c[layer]
+        for t in range(T):
+            n = len(steps[t])
+            new_h, new_c = _step(run.cell, steps[t], h_l[:n], c_l[:n], own)
+            steps[t] = new_h
+            h_l, c_l = torch.cat([new_h, h_l[n:]]), torch.cat([new_c, c_l[n:]])
+        last_h.append(h_l)
+        last_c.append(c_l)
+    if run.reversed:
+        steps.reverse()
+    y = torch.cat(steps) if run.batch_sizes is not None else torch.stack(steps, int(run.batch_first))
+    return y, torch.stack(last_h), torch.stack(last_c) if run.cell == "lstm" else None
+
+
+def _step(
+    cell: str, x: Tensor, h: Tensor, c: Tensor, weights: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    if cell == "lstm":
+        return torch.lstm_cell(x, (h, c), *weights)
+    if cell == "gru":
+        return torch.gru_cell(x, h, *weights), c
+    if cell == "rnn_relu":
+        return torch.rnn_relu_cell(x, h, *weights), c
+    return torch.rnn_tanh_cell(x, h, *weights), c
