@@ -61,9 +61,9 @@ def accelerate(model: torch.nn.Module) -> Accelerated:
     --------
     >>> import torch
     >>> import fastbptt.torch
-    >>> model = torch.nn.ModuleDict({"a": torch.nn.GRU(3, 4), "b": torch.nn.LSTM(3, 4, proj_size=2)})
+    >>> model = torch.nn.Sequential(torch.nn.GRUCell(3, 4), torch.nn.LSTM(4, 5, proj_size=2))
     >>> fastbptt.torch.accelerate(model)
-    Accelerated(swapped=['a'], left_alone={'b': 'proj_size=2'})
+    Accelerated(swapped=['0'], left_alone={'1': 'proj_size=2'})
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, wanted a torch.nn.Module")
@@ -74,7 +74,7 @@ def accelerate(model: torch.nn.Module) -> Accelerated:
         if reason := _reason_against(module):
             result.left_alone[name] = reason
         else:
-            module.__class__ = _SWAPS[type(module)]  # type: ignore[assignment]
+            module.__class__ = _SWAPS[type(module)]
             result.swapped.append(name)
     return result
 

@@ -61,14 +61,14 @@ class _Cell(RNNCellBase):
         return h if c is None else (h, c)
 
 
-def _with_axes(tensor: Tensor | None, count: int) -> Any:
-    for _ in range(count if tensor is not None else 0):
+def _with_axes(tensor: Any, count: int) -> Any:
+    for _ in range(0 if tensor is None else count):
         tensor = tensor.unsqueeze(0)
     return tensor
 
 
-def _without_axes(tensor: Tensor | None, count: int) -> Any:
-    for _ in range(count if tensor is not None else 0):
+def _without_axes(tensor: Any, count: int) -> Any:
+    for _ in range(0 if tensor is None else count):
         tensor = tensor.squeeze(0)
     return tensor
 

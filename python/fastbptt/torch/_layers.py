@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fastbptt.torch._composed import composed
 from fastbptt.torch._eligible import eligible, split_state
 from fastbptt.torch._ops import recurrent
+from fastbptt.torch._unseen import unseen
 from fastbptt.torch._verbs import Run
 
 _CELLS = {"RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu", "LSTM": "lstm", "GRU": "gru"}
@@ -42,6 +43,12 @@ class _Layers(torch.nn.RNNBase):
         ValueError, RuntimeError
             As in `torch.nn`.
         """
+        # How long the parts of a packed sequence are is decided by values: no graph can hold it.
+        if torch.compiler.is_compiling() and not isinstance(input, PackedSequence):
+            return self._forward(input, hx)
+        return self._forward_unseen(input, hx)
+
+    def _forward(self, input: Any, hx: Any) -> Any:
         if isinstance(input, PackedSequence):
             results = self._forward_packed(input, hx)
         elif isinstance(input, Tensor):
@@ -49,6 +56,10 @@ class _Layers(torch.nn.RNNBase):
         else:
             results = None
         return super().forward(input, hx) if results is None else results
+
+    # torch.compile refuses recurrent layers unless told otherwise, and then takes each function
+    # behind this for a program of its own.
+    _forward_unseen = unseen(_forward)
 
     def _forward_tensor(self, x: Tensor, hx: Any) -> Any:
         batched = x.dim() == 3
@@ -69,8 +80,6 @@ class _Layers(torch.nn.RNNBase):
             h, c = h.squeeze(1), None if c is None else c.squeeze(1)
         return y, h if c is None else (h, c)
 
-    # A packed sequence says by values how long its parts are, which no graph can hold.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _forward_packed(self, packed: PackedSequence, hx: Any) -> Any:
         if hx is not None:
             hx = self.permute_hidden(hx, packed.sorted_indices)
@@ -82,7 +91,8 @@ class _Layers(torch.nn.RNNBase):
             return None
         y, h, c = results
         _, sizes, order, back = packed
-        last = self.permute_hidden(h if c is None else (h, c), back)
+        last: Any = h if c is None else (h, c)
+        last = self.permute_hidden(last, back)
         return PackedSequence(y, sizes, order, back), last
 
     def _run(

@@ -246,8 +246,7 @@ def _reverse(
     needs = need_x, need_h or need_c, list(need_weights)
     found = reverse(x, h, c, weights, y, tape, grad_y, grad_h, grad_c, *ctx.how, *needs)
     grads = [
-        grad if need else None
-        for grad, need in zip(found, _wanted(h, c, *needs), strict=True)
+        grad if need else None for grad, need in zip(found, _wanted(h, c, *needs), strict=True)
     ]
     return (*grads[:3], grads[3:], *(None for _ in ctx.how))
 

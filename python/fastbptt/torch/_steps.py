@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,11 +22,9 @@ def differentiable_gradients(
     Slow: one torch operation after the other, for `create_graph=True` alone.
     """
     # Views of their own, or an input that was made from another would have its gradient twice.
-    views = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
-    results = _forward(run, *views)  # type: ignore[arg-type]
-    used = [
-        (result, grad) for result, grad in zip(results, grads, strict=True) if grad is not None
-    ]
+    views: list[Any] = [None if t is None else t.view_as(t) for t in inputs]
+    results: tuple[Any, ...] = _forward(run, *views)
+    used = [(result, grad) for result, grad in zip(results, grads, strict=True) if grad is not None]
     wanted = [view for view, need in zip(views, needed, strict=True) if need]
     if not used:
         return [None] * len(views)
@@ -46,7 +45,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     T, B = sizes(run, x)
     if run.batch_sizes is not None:
-        steps = list(x.split(run.batch_sizes.tolist()))
+        steps = list(torch.split(x, run.batch_sizes.tolist()))
     else:
         steps = list(x.unbind(1 if run.batch_first else 0))
     if run.reversed:
@@ -67,7 +66,11 @@ def _forward(
         last_c.append(c_l)
     if run.reversed:
         steps.reverse()
-    y = torch.cat(steps) if run.batch_sizes is not None else torch.stack(steps, int(run.batch_first))
+    y = (
+        torch.cat(steps)
+        if run.batch_sizes is not None
+        else torch.stack(steps, int(run.batch_first))
+    )
     return y, torch.stack(last_h), torch.stack(last_c) if run.cell == "lstm" else None
 
 

@@ -1,0 +1,754 @@
+"""`fastbptt.torch` is `torch.nn` to its user: results, gradients, errors, and the machinery."""
+
+from __future__ import annotations
+
+import copy
+import io
+import itertools
+import pickle
+import subprocess
+import sys
+import warnings
+
+import pytest
+
+from conftest import require
+
+torch = require("torch")
+
+from torch.autograd import forward_ad, gradcheck, gradgradcheck  # noqa: E402
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence  # noqa: E402
+
+import fastbptt as fb  # noqa: E402
+import fastbptt.torch as ft  # noqa: E402
+from fastbptt.torch import _cells, _layers, _ops, _verbs  # noqa: E402
+
+LAYERS = ("RNN", "LSTM", "GRU")
+CELLS = ("RNNCell", "LSTMCell", "GRUCell")
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
+T, B, I, H = 6, 3, 4, 5  # noqa: E741
+
+
+@pytest.fixture
+def on_the_core(monkeypatch):
+    """Whatever runs, runs on the core; without this the original class could hide a fault."""
+
+    def required(*arguments):
+        assert eligible(*arguments)
+        return True
+
+    eligible = _layers.eligible
+    monkeypatch.setattr(_layers, "eligible", required)
+    monkeypatch.setattr(_cells, "eligible", required)
+
+
+def pair(kind, *sizes, **options):
+    """The same module twice, torch's and ours, with the same parameters."""
+    theirs = getattr(torch.nn, kind)(*sizes, **options)
+    ours = getattr(ft, kind)(*sizes, **options)
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
+
+
+def flat(results):
+    """The tensors of what a module returned."""
+    if isinstance(results, PackedSequence):
+        return [results.data]
+    if isinstance(results, torch.Tensor):
+        return [results]
+    return [tensor for part in results for tensor in flat(part)]
+
+
+def outputs_and_gradients(module, x, state, pack=None):
+    """Of a random linear function of all outputs."""
+    x = x.detach().requires_grad_()
+    state = [part.detach().requires_grad_() for part in state]
+    hx = None
+    if state:
+        hx = tuple(state) if len(state) == 2 else state[0]
+    outputs = flat(module(pack(x) if pack else x, *([] if hx is None else [hx])))
+    generator = torch.Generator().manual_seed(1)
+    loss = sum(
+        (output * torch.randn(output.shape, generator=generator, dtype=output.dtype)).sum()
+        for output in outputs
+    )
+    return [*outputs, *torch.autograd.grad(loss, [x, *state, *module.parameters()])]
+
+
+def assert_same(actual, expected, tolerance=None):
+    for got, want in zip(actual, expected, strict=True):
+        limit = TOLERANCE[want.dtype] if tolerance is None else tolerance
+        torch.testing.assert_close(got, want, atol=limit, rtol=limit)
+
+
+def states_of(kind, shape, dtype=torch.float32):
+    return [torch.randn(shape, dtype=dtype) for _ in range(2 if kind.startswith("LSTM") else 1)]
+
+
+@pytest.mark.parametrize("how", ["batched", "unbatched", "packed"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_results_and_gradients(kind, dtype, how, on_the_core):
+    torch.manual_seed(0)
+    lengths = [3, 6, 1]
+    for num_layers, bidirectional, bias, batch_first, given in itertools.product(
+        (1, 2, 3), *((False, True),) * 4
+    ):
+        theirs, ours = pair(
+            kind,
+            I,
+            H,
+            num_layers,
+            bias=bias,
+            batch_first=batch_first,
+            bidirectional=bidirectional,
+            dtype=dtype,
+        )
+        x = torch.randn(B, T, I, dtype=dtype)
+        x = x if batch_first else x.transpose(0, 1)
+        pack = None
+        batch = [B]
+        if how == "unbatched":
+            x, batch = torch.randn(T, I, dtype=dtype), []
+        elif how == "packed":
+
+            def pack(x, batch_first=batch_first):
+                return pack_padded_sequence(x, lengths, batch_first, enforce_sorted=False)
+
+        state = states_of(kind, [num_layers * (1 + bidirectional), *batch, H], dtype)
+        state = state if given else []
+        assert_same(
+            outputs_and_gradients(ours, x, state, pack),
+            outputs_and_gradients(theirs, x, state, pack),
+        )
+
+
+def test_relu(on_the_core):
+    theirs, ours = pair("RNN", I, H, 2, nonlinearity="relu", dtype=torch.float64)
+    x = torch.randn(T, B, I, dtype=torch.float64)
+    assert_same(outputs_and_gradients(ours, x, []), outputs_and_gradients(theirs, x, []))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("kind", CELLS)
+def test_cells(kind, dtype, on_the_core):
+    torch.manual_seed(0)
+    options = [{}] if kind != "RNNCell" else [{}, {"nonlinearity": "relu"}]
+    for bias, given, batch, more in itertools.product(
+        (True, False), (True, False), ([B], []), options
+    ):
+        theirs, ours = pair(kind, I, H, bias=bias, dtype=dtype, **more)
+        x = torch.randn(*batch, I, dtype=dtype)
+        state = states_of(kind, [*batch, H], dtype) if given else []
+        assert_same(outputs_and_gradients(ours, x, state), outputs_and_gradients(theirs, x, state))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_dropout_between_layers_draws_what_torch_draws(packed, on_the_core):
+    theirs, ours = pair("GRU", I, H, 3, dropout=0.4, bidirectional=True, batch_first=True)
+    x = torch.randn(B, T, I)
+
+    def pack(x):
+        return pack_padded_sequence(x, [T, 4, 2], batch_first=True)
+
+    results = []
+    for module in (ours, theirs):
+        torch.manual_seed(3)
+        results.append(outputs_and_gradients(module, x, [], pack if packed else None))
+    assert_same(*results)
+    assert_same(flat(ours.eval()(x)), flat(theirs.eval()(x)))
+
+
+@pytest.mark.parametrize("view", ["transposed", "expanded", "strided", "sliced"])
+def test_no_tensor_is_copied(view, monkeypatch, on_the_core):
+    wide = torch.randn(T, B, 2 * I)
+    x = {
+        "transposed": torch.randn(B, T, I).transpose(0, 1),
+        "expanded": torch.randn(T, 1, I).expand(T, B, I),
+        "strided": torch.randn(2 * T, B, I)[::2],
+        "sliced": wide[..., :I],
+    }[view]
+    theirs, ours = pair("LSTM", I, H)
+    seen = []
+
+    def sequence(run, tensor):
+        seen.append(tensor)
+        return original(run, tensor)
+
+    original = _verbs._sequence
+    monkeypatch.setattr(_verbs, "_sequence", sequence)
+    y = ours(x)[0]
+    assert seen[0] is x
+    assert seen[1].data_ptr() == y.data_ptr()
+    assert_same([y], [theirs(x)[0]])
+
+
+@pytest.mark.parametrize("grad", ["expanded", "transposed", "none"])
+def test_gradients_of_any_stride(grad, on_the_core):
+    theirs, ours = pair("LSTM", I, H, dtype=torch.float64)
+    x = torch.randn(T, B, I, dtype=torch.float64, requires_grad=True)
+
+    def loss(module):
+        y, (_, c) = module(x)
+        if grad == "none":
+            return c[0].sum()
+        return y.sum() if grad == "expanded" else (y.permute(2, 1, 0) ** 2).contiguous().sum()
+
+    assert_same(*([torch.autograd.grad(loss(m), x)[0]] for m in (ours, theirs)))
+
+
+# gradcheck and what else autograd promises
+
+
+def differentiable(kind, **options):
+    """A float64 module as a function of its input, its state and its parameters, and arguments."""
+    torch.manual_seed(0)
+    module = getattr(ft, kind)(2, 3, dtype=torch.float64, **options)
+    names = [name for name, _ in module.named_parameters()]
+    cell = kind in CELLS
+    shape = [2] if cell else [2 * (2 if options.get("bidirectional") else 1), 2]
+    if not cell and "num_layers" not in options:
+        shape[0] //= 2
+    x = torch.randn(*([] if cell else [3]), 2, 2, dtype=torch.float64)
+    state = states_of(kind, [*shape, 3], torch.float64)
+    count = len(state)
+
+    def function(x, *rest):
+        hx = tuple(rest[:count]) if count == 2 else rest[0]
+        parameters = dict(zip(names, rest[count:], strict=True))
+        return tuple(flat(torch.func.functional_call(module, parameters, (x, hx))))
+
+    arguments = [x, *state, *(p.detach() for p in module.parameters())]
+    return function, [argument.requires_grad_() for argument in arguments]
+
+
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2}, {"bidirectional": True}], ids=str)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_gradcheck(kind, options, on_the_core):
+    assert gradcheck(*differentiable(kind, **options), fast_mode=bool(options))
+
+
+@pytest.mark.parametrize("kind", CELLS)
+def test_gradcheck_of_cells(kind, on_the_core):
+    assert gradcheck(*differentiable(kind))
+
+
+@pytest.mark.parametrize("kind", LAYERS + CELLS)
+def test_gradients_can_be_differentiated_again(kind, on_the_core):
+    options = {"bidirectional": True} if kind == "LSTM" else {}
+    assert gradgradcheck(*differentiable(kind, **options), fast_mode=True)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_second_gradient_of_packed(bidirectional, on_the_core):
+    theirs, ours = pair("GRU", I, H, 2, bidirectional=bidirectional, dtype=torch.float64)
+
+    def second(module):
+        torch.manual_seed(2)
+        parts = [torch.randn(n, I, dtype=torch.float64, requires_grad=True) for n in (4, 2, 1)]
+        y = module(pack_sequence(parts))[0].data
+        first = torch.autograd.grad((y**2).sum(), parts, create_graph=True)
+        return torch.autograd.grad(sum((g**2).sum() for g in first), [*parts, *module.parameters()])
+
+    assert_same(second(ours), second(theirs))
+
+
+def test_second_gradient_of_an_input_that_depends_on_another(on_the_core):
+    theirs, ours = pair("RNN", H, H, dtype=torch.float64)
+
+    def second(module):
+        torch.manual_seed(2)
+        h = torch.randn(1, B, H, dtype=torch.float64, requires_grad=True)
+        y = module(h.expand(T, B, H) * 0.5, h**2)[0]
+        (first,) = torch.autograd.grad((y**2).sum(), h, create_graph=True)
+        return [first, *torch.autograd.grad((first**2).sum(), [h, *module.parameters()])]
+
+    assert_same(second(ours), second(theirs))
+
+
+def test_backward_twice_and_changed_in_between(on_the_core):
+    layer = ft.LSTM(I, H)
+    y = layer(torch.randn(T, B, I))[0]
+    y.sum().backward(retain_graph=True)
+    once = layer.weight_ih_l0.grad.clone()
+    y.sum().backward()
+    assert_same([layer.weight_ih_l0.grad], [2 * once])
+    with pytest.raises(RuntimeError, match="second time"):
+        y.sum().backward()
+    y = layer(torch.randn(T, B, I))[0]
+    with torch.no_grad():
+        layer.weight_hh_l0.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("frozen", ["all", "first layer", "weight_hh_l0", "bias_ih_l1", "input"])
+def test_frozen_parameters(frozen, monkeypatch, on_the_core):
+    theirs, ours = pair("LSTM", I, H, 2, dtype=torch.float64)
+    asked = []
+
+    def backward(*arguments):
+        asked.append(original(*arguments))
+        return asked[-1]
+
+    original = _verbs.backward
+    monkeypatch.setattr(_verbs, "backward", backward)
+    results = []
+    for module in (ours, theirs):
+        torch.manual_seed(0)
+        x = torch.randn(T, B, I, dtype=torch.float64, requires_grad=frozen != "input")
+        for name, parameter in module.named_parameters():
+            first = frozen == "first layer" and name.endswith("l0")
+            parameter.requires_grad_(not (frozen in ("all", name) or first))
+        module(x)[0].sum().backward()
+        results.append([x.grad, *(p.grad for p in module.parameters())])
+    for got, want in zip(*results, strict=True):
+        assert (got is None) == (want is None)
+        if want is not None:
+            assert_same([got], [want])
+    (made,) = asked
+    assert (made.x is None) == (frozen == "input")
+    skipped = {"all": 8, "first layer": 4, "bias_ih_l1": 1}.get(frozen, 0)
+    assert sum(grad is None for grad in made.weights) == skipped
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_nothing_is_kept(mode, monkeypatch, on_the_core):
+    kept = []
+
+    def forward(*arguments, keep):
+        kept.append(keep)
+        return original(*arguments, keep=keep)
+
+    original = _verbs.forward
+    monkeypatch.setattr(_verbs, "forward", forward)
+    theirs, ours = pair("GRU", I, H, 2)
+    x = torch.randn(T, B, I)
+    with mode():
+        outputs = flat(ours(x))
+        assert_same(outputs, flat(theirs(x)))
+    assert not any(output.requires_grad for output in outputs)
+    assert outputs[0].is_inference() == (mode is torch.inference_mode)
+    ours.requires_grad_(False)(x)
+    assert kept == [False, False]
+
+
+def test_hooks_anomaly_mode_and_checkpoint(on_the_core):
+    theirs, ours = pair("LSTM", I, H)
+    x = torch.randn(T, B, I, requires_grad=True)
+    calls = []
+    for module in (ours, theirs):
+        calls.append([])
+        module.register_forward_hook(lambda *_, to=calls[-1]: to.append("forward"))
+        module.register_full_backward_hook(lambda *_, to=calls[-1]: to.append("backward"))
+        module.weight_hh_l0.register_hook(lambda grad, to=calls[-1]: to.append(grad))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that anomaly mode is on
+            with torch.autograd.detect_anomaly():
+                module(x)[0].sum().backward()
+    assert calls[0][:1] + calls[0][2:] == calls[1][:1] + calls[1][2:] == ["forward", "backward"]
+    assert_same([calls[0][1]], [calls[1][1]])
+
+    checkpoint = torch.utils.checkpoint.checkpoint
+    (want,) = torch.autograd.grad(ours(x)[0].sum(), x)
+    y = checkpoint(lambda x: ours(x)[0], x, use_reentrant=False)
+    assert_same(torch.autograd.grad(y.sum(), x), [want])
+
+
+@pytest.mark.parametrize("kind", LAYERS + CELLS)
+def test_autocast(kind):
+    theirs, ours = pair(kind, I, H)
+    x = torch.randn(B, I) if kind in CELLS else torch.randn(T, B, I)
+    with torch.autocast("cpu", torch.bfloat16):
+        for got, want in zip(flat(ours(x)), flat(theirs(x)), strict=True):
+            assert got.dtype == want.dtype
+            assert torch.equal(got, want)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_transforms_go_to_the_original():
+    theirs, ours = pair("RNN", I, H, dtype=torch.float64)
+    x, tangent = torch.randn(2, T, B, I, dtype=torch.float64)
+    results = []
+    for module in (ours, theirs):
+
+        def loss(x, module=module):
+            return (module(x)[0] ** 2).sum()
+
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x, tangent)
+            results.append([torch.func.grad(loss)(x), forward_ad.unpack_dual(loss(dual)).tangent])
+    assert_same(*results)
+    traced = torch.jit.trace(ours, (x,), check_trace=False)
+    longer = torch.randn(2 * T, B, I, dtype=torch.float64)
+    assert_same(flat(traced(longer)), flat(theirs(longer)))
+
+
+@pytest.mark.parametrize("kind", LAYERS + CELLS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.complex64], ids=str)
+def test_other_dtypes_go_to_the_original(kind, dtype):
+    theirs, ours = pair(kind, I, H, dtype=dtype)
+    x = torch.randn(B, I, dtype=dtype) if kind in CELLS else torch.randn(T, B, I, dtype=dtype)
+    try:
+        want = flat(theirs(x))
+    except RuntimeError as error:
+        with pytest.raises(type(error)):
+            ours(x)
+    else:
+        for got, expected in zip(flat(ours(x)), want, strict=True):
+            assert torch.equal(got, expected)
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning")
+def test_another_device_and_proj_size_go_to_the_original():
+    layer = ft.LSTM(I, H, device="meta")
+    assert layer(torch.empty(T, B, I, device="meta"))[0].shape == (T, B, H)
+    theirs, ours = pair("LSTM", I, H, proj_size=2)
+    x = torch.randn(T, B, I)
+    assert_same(outputs_and_gradients(ours, x, []), outputs_and_gradients(theirs, x, []))
+
+
+# The module as an object
+
+
+@pytest.mark.parametrize("kind", LAYERS + CELLS)
+def test_object(kind):
+    options = {"bias": False} if kind in CELLS else {"num_layers": 2, "batch_first": True}
+    torch.manual_seed(7)
+    theirs = getattr(torch.nn, kind)(I, H, **options)
+    torch.manual_seed(7)
+    ours = getattr(ft, kind)(I, H, **options)
+    assert isinstance(ours, getattr(torch.nn, kind))
+    assert repr(ours) == repr(theirs)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], tensor)
+    x = torch.randn(B, I) if kind in CELLS else torch.randn(B, T, I)
+    want = flat(ours(x))
+    saved = io.BytesIO()
+    torch.save(ours, saved)
+    saved.seek(0)
+    for other in (
+        copy.deepcopy(ours),
+        pickle.loads(pickle.dumps(ours)),
+        torch.load(saved, weights_only=False),
+    ):
+        assert type(other) is type(ours)
+        assert all(torch.equal(a, b) for a, b in zip(flat(other(x)), want, strict=True))
+    assert type(ours).__module__ == "fastbptt.torch"
+    if kind in LAYERS:
+        ours.flatten_parameters()
+        assert_same(flat(ours.double()(x.double())), flat(theirs.double()(x.double())))
+
+
+def test_parametrised_and_replaced_weights(on_the_core):
+    theirs, ours = pair("GRU", I, H)
+    x = torch.randn(T, B, I)
+    with torch.no_grad():
+        for module in (ours, theirs):
+            module.weight_ih_l0 = torch.nn.Parameter(torch.ones(3 * H, I))
+    assert_same(flat(ours(x)), flat(theirs(x)))
+    for module in (ours, theirs):
+        torch.nn.utils.parametrizations.weight_norm(module, "weight_hh_l0")
+    assert_same(flat(ours(x)), flat(theirs(x)))
+
+
+BAD = {
+    "axes": lambda m: m(torch.zeros(2, 2, 2, 2)),
+    "one axis": lambda m: m(torch.zeros(I)),
+    "input_size": lambda m: m(torch.zeros(T, B, I + 1)),
+    "dtype": lambda m: m(torch.zeros(T, B, I, dtype=torch.float64)),
+    "no steps": lambda m: m(torch.zeros(0, B, I)),
+    "list": lambda m: m([[1.0]]),
+    "state axes": lambda m: m(torch.zeros(T, B, I), state(m, (1, H))),
+    "state size": lambda m: m(torch.zeros(T, B, I), state(m, (1, B, H + 1))),
+    "state batch": lambda m: m(torch.zeros(T, B, I), state(m, (1, B + 1, H))),
+    "state dtype": lambda m: m(torch.zeros(T, B, I), state(m, (1, B, H), torch.float64)),
+    "state of unbatched": lambda m: m(torch.zeros(T, I), state(m, (1, 1, H))),
+    "packed input_size": lambda m: m(pack_sequence([torch.zeros(T, I + 1)])),
+    "packed state": lambda m: m(pack_sequence([torch.zeros(T, I)]), state(m, (1, 2, H))),
+    "packed sizes": lambda m: m(PackedSequence(torch.zeros(T, I), torch.tensor([2, 2, 1]))),
+    "packed rise": lambda m: m(PackedSequence(torch.zeros(4, I), torch.tensor([1, 2, 1]))),
+}
+BAD_CELL = {
+    "axes": lambda m: m(torch.zeros(2, 2, 2)),
+    "input_size": lambda m: m(torch.zeros(B, I + 1)),
+    "dtype": lambda m: m(torch.zeros(B, I, dtype=torch.float64)),
+    "state axes": lambda m: m(torch.zeros(B, I), state(m, (1, B, H))),
+    "state size": lambda m: m(torch.zeros(B, I), state(m, (B, H + 1))),
+    "state batch": lambda m: m(torch.zeros(B, I), state(m, (B + 1, H))),
+}
+BAD_OPTIONS = {
+    "sizes": ((0, H), {}),
+    "hidden": ((I, -1), {}),
+    "float": ((I, 1.5), {}),
+    "layers": ((I, H, 0), {}),
+    "dropout": ((I, H, 2), {"dropout": 2}),
+    "bias": ((I, H), {"bias": "no"}),
+    "proj_size": ((I, H), {"proj_size": H}),
+    "unknown": ((I, H), {"peephole": True}),
+    "nonlinearity": ((I, H), {"nonlinearity": "sin"}),
+}
+
+
+def state(module, shape, dtype=torch.float32):
+    h = torch.zeros(shape, dtype=dtype)
+    return (h, h) if isinstance(module, (torch.nn.LSTM, torch.nn.LSTMCell)) else h
+
+
+def assert_same_error(ours, theirs):
+    errors = []
+    for call in (ours, theirs):
+        try:
+            call()
+        except Exception as error:
+            errors.append((type(error), str(error)))
+    assert len(errors) in (0, 2)
+    assert errors[:1] == errors[1:]
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("bad", BAD)
+def test_errors(kind, bad):
+    theirs, ours = pair(kind, I, H)
+    assert_same_error(lambda: BAD[bad](ours), lambda: BAD[bad](theirs))
+
+
+@pytest.mark.parametrize("kind", CELLS)
+@pytest.mark.parametrize("bad", BAD_CELL)
+def test_errors_of_cells(kind, bad):
+    theirs, ours = pair(kind, I, H)
+    assert_same_error(lambda: BAD_CELL[bad](ours), lambda: BAD_CELL[bad](theirs))
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("bad", BAD_OPTIONS)
+def test_errors_of_construction(kind, bad):
+    sizes, options = BAD_OPTIONS[bad]
+    assert_same_error(
+        lambda: getattr(ft, kind)(*sizes, **options),
+        lambda: getattr(torch.nn, kind)(*sizes, **options),
+    )
+
+
+def test_weights_of_wrong_shape_never_reach_the_core():
+    """torch reads whatever memory is there; by address the core would, too."""
+    layer = ft.LSTM(I, H)
+    x, weights = torch.zeros(T, B, I), weights_of(layer)
+    run = _verbs.Run("lstm", True)
+    assert _verbs.check(run, x, None, None, weights) == ""
+    for i, weight in enumerate(weights):
+        for wrong in (weight[1:], weight[None], weight.double(), weight.narrow(-1, 1, 1)):
+            changed = [*weights[:i], wrong, *weights[i + 1 :]]
+            assert "weights" in _verbs.check(run, x, None, None, changed)
+
+
+# Compilers
+
+
+def weights_of(module):
+    return list(module.parameters())
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_operators(kind):
+    """torch's own check of schema, fake kernels, autograd and the compiler's view of it."""
+    name = {"RNN": "rnn_tanh"}.get(kind, kind.lower())
+    layer = getattr(ft, kind)(I, H, 2)
+    states = [part.requires_grad_() for part in states_of(kind, (2, B, H))]
+    h, c = states if len(states) == 2 else (states[0], None)
+    x = torch.randn(T, B, I, requires_grad=True)
+    torch.library.opcheck(_ops.record, (x, h, c, weights_of(layer), name, True, False, False))
+    frozen = [weight.detach() for weight in layer.parameters()]
+    torch.library.opcheck(
+        _ops.advance, (x.detach().transpose(0, 1), None, None, frozen, name, True, True, False)
+    )
+
+
+def test_operators_check_their_arguments():
+    layer = ft.LSTM(I, H)
+    x, weights, how = torch.zeros(T, B, I), weights_of(layer), ("lstm", True, False, False)
+    y, _, _, tape = _ops.record(x, None, None, weights, *how)
+    needs = False, False, [True] * 4
+    for call in (
+        lambda: _ops.advance(x[..., 1:], None, None, weights, *how),
+        lambda: _ops.advance(x, None, None, weights[:3], *how),
+        lambda: _ops.advance(x, torch.zeros(1, B, H), None, weights, *how),
+        lambda: _ops.advance(x, None, None, weights, "peephole", *how[1:]),
+        lambda: _ops.reverse(x, None, None, weights, y, tape[1:], y, None, None, *how, *needs),
+        lambda: _ops.reverse(x, None, None, weights, y, tape, y[1:], None, None, *how, *needs),
+        lambda: _ops.reverse(
+            x, None, None, weights, y, tape, y, None, None, *how, False, False, [True]
+        ),
+    ):
+        with pytest.raises((RuntimeError, ValueError)):
+            call()
+
+
+class Net(torch.nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.recurrent = ft.LSTM(I, H, 2, **options)
+        self.cell = ft.GRUCell(2 * H if options.get("bidirectional") else H, H)
+
+    def forward(self, x):
+        y, (h, _) = self.recurrent(x)
+        return self.cell(torch.tanh(y[-1])) + h[0]
+
+
+def test_tape_size_is_that_of_the_core():
+    for name, bias, L in itertools.product(("rnn_tanh", "lstm", "gru"), (True, False), (1, 3)):
+        core = fb._core.Verbs(name, I, H, L, False, False)
+        weights = []
+        for layer in range(L):
+            G = {"rnn_tanh": 1, "lstm": 4, "gru": 3}[name] * H
+            weights += [torch.zeros(G, H if layer else I), torch.zeros(G, H)]
+            weights += [torch.zeros(G)] * 2 if bias else []
+        run = _verbs.Run(name, bias)
+        for steps, rows in ((1, 1), (7, 3), (300, 50)):
+            x = torch.zeros(steps, rows, I)
+            assert _verbs.tape_size(run, x, weights) == core.tape_size(steps, rows)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@torch._dynamo.config.patch(allow_rnn=True)
+def test_compile_in_one_graph(backend):
+    """Which torch allows only if asked, for its own recurrent layers and what derives from them."""
+    torch.manual_seed(0)
+    net = Net(bidirectional=backend == "aot_eager")
+    compiled = torch.compile(net, backend=backend, fullgraph=True, dynamic=backend == "aot_eager")
+    for steps in (5, 9) if backend == "aot_eager" else (5,):
+        x = torch.randn(steps, B, I)
+        assert_same(outputs_and_gradients(compiled, x, []), outputs_and_gradients(net, x, []))
+        with torch.no_grad():
+            assert_same([compiled(x)], [net(x)])
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own
+@pytest.mark.parametrize("allow_rnn", [False, True])
+def test_compile_with_breaks(allow_rnn):
+    patch = torch._dynamo.config.patch(allow_rnn=allow_rnn)
+    net = torch.nn.Sequential(torch.nn.Linear(I, I), ft.GRU(I, H))
+    x = torch.randn(T, B, I)
+    packed = pack_sequence([torch.randn(4, I), torch.randn(2, I)])
+    with patch:
+        compiled = torch.compile(net, backend="aot_eager")
+        assert_same(outputs_and_gradients(compiled, x, []), outputs_and_gradients(net, x, []))
+        compiled = torch.compile(net[1], backend="aot_eager")
+        assert_same(flat(compiled(packed)), flat(net[1](packed)))
+    torch._dynamo.reset()
+
+
+def test_export():
+    net = Net()
+    x = torch.randn(T, B, I)
+    steps = torch.export.Dim("steps", min=2, max=1000)
+    with torch.no_grad():
+        program = torch.export.export(net, (x,), dynamic_shapes=({0: steps},))
+    assert "fastbptt.advance" in program.graph_module.code
+    longer = torch.randn(2 * T, B, I)
+    assert_same([program.module()(longer)], [net(longer)])
+
+
+# accelerate
+
+
+class Wrapped(torch.nn.LSTM):
+    pass
+
+
+def test_accelerate_swaps_in_place():
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict(
+        {
+            "embedding": torch.nn.Embedding(7, I),
+            "layers": torch.nn.ModuleList(getattr(torch.nn, kind)(I, H) for kind in LAYERS),
+            "cells": torch.nn.ModuleList(getattr(torch.nn, kind)(I, H) for kind in CELLS),
+            "projected": torch.nn.LSTM(I, H, proj_size=2),
+            "subclass": Wrapped(I, H),
+            "short": torch.nn.GRU(I, H, dtype=torch.float16),
+            "elsewhere": torch.nn.GRU(I, H, device="meta"),
+            "ours": ft.GRU(I, H),
+        }
+    )
+    model["layers"][0].forward = model["layers"][0].forward
+    model["layers"][1].eval()
+    model["again"] = model["layers"][1]
+    calls = []
+    model["layers"][1].register_forward_hook(lambda *_: calls.append(1))
+    parameters = dict(model.named_parameters())
+    x = torch.randn(T, B, I)
+    want = flat(model["layers"][1](x))
+
+    done = ft.accelerate(model)
+    assert done.swapped == ["layers.1", "layers.2", "cells.0", "cells.1", "cells.2"]
+    assert done.left_alone == {
+        "layers.0": "its forward is replaced",
+        "projected": "proj_size=2",
+        "subclass": "it is a Wrapped, a class with code of its own",
+        "short": "weight_ih_l0 is torch.float16",
+        "elsewhere": "weight_ih_l0 is on device meta",
+    }
+    layer = model["layers"][1]
+    assert type(layer) is ft.LSTM
+    assert layer is model["again"]
+    assert not layer.training
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+    assert_same(flat(layer(x)), want)
+    assert calls == [1, 1]
+    assert ft.accelerate(model).swapped == []
+
+
+def test_accelerate_takes_a_layer_and_nothing_but_modules():
+    layer = torch.nn.LSTM(I, H)
+    assert ft.accelerate(layer) == ft.Accelerated([""], {})
+    assert type(layer) is ft.LSTM
+    with pytest.raises(TypeError, match="model: got int"):
+        ft.accelerate(3)
+
+
+# The process
+
+
+def python(code):
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_importing_the_library_does_not_import_torch():
+    python(
+        "import sys, fastbptt, fastbptt.bench.libraries, fastbptt.cli\n"
+        "assert 'torch' not in sys.modules"
+    )
+
+
+def test_threads_are_those_of_torch():
+    """With one thread none is started, with two no more than one; the library's setting stays."""
+    python(
+        "import os, torch\n"
+        "import fastbptt as fb, fastbptt.torch as ft\n"
+        "fb.set_num_threads(3)\n"
+        "layer, x = ft.LSTM(64, 128), torch.randn(50, 32, 64)\n"
+        "counts = []\n"
+        "for threads in (1, 2):\n"
+        "    torch.set_num_threads(threads)\n"
+        "    (torch.randn(600, 600) @ torch.randn(600, 600)).sum()\n"
+        "    before = len(os.listdir('/proc/self/task'))\n"
+        "    layer(x)[0].sum().backward()\n"
+        "    counts.append(len(os.listdir('/proc/self/task')) - before)\n"
+        "assert counts == [0, 1], counts\n"
+        "assert fb.get_num_threads() == 3\n"
+    )
+
+
+def test_docstrings():
+    import doctest
+
+    for module in (ft, _layers, _cells, ft._accelerate):
+        assert doctest.testmod(module).failed == 0
