@@ -4,8 +4,8 @@
     torchrun --nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint HOST:29400 \
         examples/torch_ddp.py
 
-Each process has its own share of every batch; gloo adds the gradients up over the network. The task:
-the sum of the numbers that were marked, out of a long row.
+Each process has its own share of every batch, and gloo adds the gradients up over the network. The
+task: the sum of the two numbers that are marked, out of a long row (Hochreiter & Schmidhuber 1997).
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def batch(T: int, B: int, generator: torch.Generator) -> tuple[torch.Tensor, tor
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--length", type=int, default=30, metavar="T")
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--length", type=int, default=20, metavar="T")
     parser.add_argument("--batch", type=int, default=64, help="rows of all processes together")
     parser.add_argument("--hidden", type=int, default=64)
     options = parser.parse_args()
@@ -52,7 +52,7 @@ def main() -> None:
     rank, size = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
     model = DistributedDataParallel(Adder(options.hidden))
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     # Every process draws the whole batch and takes its rows of it.
     generator = torch.Generator().manual_seed(1)
     share = slice(options.batch * rank // size, options.batch * (rank + 1) // size)
@@ -62,7 +62,7 @@ def main() -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if step % 50 == 0 or step == options.steps:
+        if step % 100 == 0 or step == options.steps:
             mean = loss.detach()
             dist.all_reduce(mean)
             if rank == 0:

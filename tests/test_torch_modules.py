@@ -6,9 +6,11 @@ import copy
 import io
 import itertools
 import pickle
+import re
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 
@@ -752,3 +754,11 @@ def test_docstrings():
 
     for module in (ft, _layers, _cells, ft._accelerate):
         assert doctest.testmod(module).failed == 0
+
+
+def test_examples_of_the_documentation():
+    text = (Path(__file__).parents[1] / "docs" / "torch.md").read_text(encoding="utf-8")
+    examples = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert len(examples) == 2
+    for example in examples:
+        exec(example, {})

@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 from fastbptt.torch import _verbs
 from fastbptt.torch._ops import is_traced
 from fastbptt.torch._verbs import Run
-
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def eligible(
@@ -28,33 +27,30 @@ def eligible(
 
     What it does not take goes to the original class, which runs it or raises its own error.
     """
-    tensors = [x, *weights]
-    tensors += [state for state in (h, c) if state is not None]
-    if torch.is_autocast_enabled("cpu") or not all(_is_dense(tensor) for tensor in tensors):
+    if torch.is_autocast_enabled("cpu"):
+        return False
+    # torch.func, forward mode and torch.jit see through the original alone.
+    if not torch.compiler.is_compiling() and (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    ):
         return False
     traced = is_traced()
-    if not torch.compiler.is_compiling():
-        # torch.func, forward mode and torch.jit see through the original alone.
+    for tensor in (x, *weights, *(state for state in (h, c) if state is not None)):
+        kind = type(tensor)
+        # Another class may have no memory of its own; operators cope with that.
         if (
-            torch._C._functorch.peek_interpreter_stack() is not None
-            or forward_ad._current_level >= 0
-            or torch._C._get_tracing_state() is not None
+            kind is not Tensor
+            and kind is not Parameter
+            and not (traced and isinstance(tensor, Tensor))
         ):
             return False
-        # A tensor of another class may have no memory of its own; operators cope with that.
-        if not traced and not all(type(tensor) in _PLAIN for tensor in tensors):
+        if not tensor.is_cpu or tensor.layout is not torch.strided:
             return False
     if run.batch_sizes is not None and traced:
         return False
     return not _verbs.check(run, x, h, c, weights, directions)
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    return (
-        isinstance(tensor, Tensor)
-        and tensor.device.type == "cpu"
-        and tensor.layout is torch.strided
-    )
 
 
 def split_state(hx: Any, is_lstm: bool, dim: int) -> tuple[Tensor | None, Tensor | None] | None:

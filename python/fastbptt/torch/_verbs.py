@@ -79,14 +79,15 @@ def check(
         return f"weights: got {len(weights)}, wanted {a_layer * directions} a layer"
     columns, H = x.shape[-1], weights[1].shape[1]
     rows = H * _GATES.get(run.cell, 1)
-    for i, weight in enumerate(weights):
-        if i > 0 and i % (a_layer * directions) == 0:
-            columns = directions * H
-        kind = i % a_layer
-        wanted = ((rows, columns), (rows, H), (rows,), (rows,))[kind]
-        if weight.shape != wanted or weight.dtype is not dtype:
-            found = f"{weight.dtype} {tuple(weight.shape)}"
-            return f"weights[{i}]: got {found}, wanted {dtype} {wanted}"
+    for first in range(0, len(weights), a_layer):
+        if first == a_layer * directions:
+            columns = H * directions
+        shapes = ((rows, columns), (rows, H), (rows,), (rows,))
+        for kind in range(a_layer):
+            weight = weights[first + kind]
+            if weight.shape != shapes[kind] or weight.dtype is not dtype:
+                found = f"{weight.dtype} {tuple(weight.shape)}"
+                return f"weights[{first + kind}]: got {found}, wanted {dtype} {shapes[kind]}"
     if run.batch_sizes is not None:
         batch_sizes = run.batch_sizes
         if batch_sizes.dtype is not torch.int64 or not batch_sizes.is_contiguous():
