@@ -20,6 +20,24 @@ class Tape:
     @property
     def consumed(self) -> bool: ...
 
+class Session:
+    """The verbs over parts of one sequence, reversed from its end to its beginning.
+
+    The packed weights and the sums of the weight gradients are kept from part to part, so that
+    where the sequence is cut does not change a bit. The weights must not change meanwhile.
+    """
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that all the verbs together take for themselves, tapes and results apart."""
+    def advance(self, x: Array, state: State | None) -> tuple[Array, State]: ...
+    def record(self, x: Array, state: State | None) -> tuple[Array, State, Tape]: ...
+    def reverse(
+        self, tape: Tape, grad_y: Array | None, grad_state: State | None, need_x: bool
+    ) -> tuple[Array | None, State]: ...
+    def finish(self) -> list[Array | None]:
+        """Return the weight gradients of all parts; once, at the end."""
+
 class Stack:
     """The recurrent layers of one module, over parameter arrays that belong to the caller.
 
@@ -37,6 +55,9 @@ class Stack:
         dtype: str,
         weights: list[Array | None],
     ) -> None: ...
+    def session(self, T: int, B: int, longest: int) -> Session:
+        """For parts of at most `longest` steps of a sequence of T steps of B rows."""
+    def tape_nbytes(self, T: int, B: int) -> int: ...
     def advance(self, x: Array, state: State | None) -> tuple[Array, State]: ...
     def record(self, x: Array, state: State | None) -> tuple[Array, State, Tape]: ...
     def reverse(
