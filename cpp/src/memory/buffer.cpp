@@ -63,19 +63,13 @@ void* from_system(std::size_t bytes) {
 // pages to make huge ones. While they lie here the system may take their pages (MADV_FREE).
 class FreeBlocks {
  public:
-  // A block of exactly this size; or null, and then the others go too: who asks for another size is
-  // likely not to want them again.
+  // A block of exactly this size, or null.
   void* take(std::size_t bytes) noexcept {
-    std::array<Block, 4> unwanted;
-    {
-      const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
-      if (!lock) return nullptr;
-      for (Block& block : blocks_) {
-        if (block.bytes == bytes) return std::exchange(block, Block{}).data;
-      }
-      unwanted = std::exchange(blocks_, {});
+    const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (!lock) return nullptr;
+    for (Block& block : blocks_) {
+      if (block.bytes == bytes) return std::exchange(block, Block{}).data;
     }
-    for (const Block& block : unwanted) std::free(block.data);
     return nullptr;
   }
   // Keeps it, and frees the one that has been here longest.
@@ -98,7 +92,7 @@ class FreeBlocks {
     std::size_t bytes = 0;
   };
   std::mutex mutex_;
-  std::array<Block, 4> blocks_;
+  std::array<Block, 4> blocks_;  // a step's tape, and the packed weights forward and back
   std::size_t oldest_ = 0;
 };
 
