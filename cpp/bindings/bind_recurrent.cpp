@@ -202,11 +202,11 @@ class Stack {
   };
 
   template <class S>
-  Call<S> prepare(const py::object& x, const py::object& state) const {
+  Call<S> prepare(const py::object& x, const py::object& state, bool batch_first) const {
     Call<S> call;
-    call.x = SequenceArray<S>(checked<S>("x", x, {-1, -1, shape_.input_size}), batch_first_);
+    call.x = SequenceArray<S>(checked<S>("x", x, {-1, -1, shape_.input_size}), batch_first);
     const py::array& input = call.x.array();
-    const Index T = input.shape(batch_first_ ? 1 : 0), B = input.shape(batch_first_ ? 0 : 1);
+    const Index T = input.shape(batch_first ? 1 : 0), B = input.shape(batch_first ? 0 : 1);
     call.B = B;
     if (B < 1) {
       throw py::value_error("x: got shape " + shape_text(shape_of(input)) +
@@ -214,11 +214,11 @@ class Stack {
     }
     const Index H = shape_.hidden_size;
     call.initial = checked_state<S>("state", state, B);
-    call.y = batch_first_ ? new_array<S>(B, T, H) : new_array<S>(T, B, H);
+    call.y = batch_first ? new_array<S>(B, T, H) : new_array<S>(T, B, H);
     auto [final, object] = new_state<S>(B);
     call.final_state = std::move(object);
-    const Sequence<S> y{static_cast<S*>(call.y.mutable_data()), batch_first_ ? H : B * H,
-                        batch_first_ ? T * H : H};
+    const Sequence<S> y{static_cast<S*>(call.y.mutable_data()), batch_first ? H : B * H,
+                        batch_first ? T * H : H};
     call.run = {T, call.x.view(), call.initial.view, y, final};
     return call;
   }
@@ -266,13 +266,14 @@ class Stack {
   template <class S>
   std::pair<py::object, py::object> reverse_in(fastbptt::Session<S>& session, TapeOf<S>& tape,
                                                const py::object& grad_y,
-                                               const py::object& grad_state, bool need_x) const {
+                                               const py::object& grad_state, bool need_x,
+                                               bool batch_first) const {
     const Index T = tape.T, B = tape.B, I = shape_.input_size, H = shape_.hidden_size;
-    const Index first = batch_first_ ? B : T, second = batch_first_ ? T : B;
+    const Index first = batch_first ? B : T, second = batch_first ? T : B;
 
     SequenceArray<S> dy;
     if (!grad_y.is_none()) {
-      dy = SequenceArray<S>(checked<S>("grad_y", grad_y, {first, second, H}), batch_first_);
+      dy = SequenceArray<S>(checked<S>("grad_y", grad_y, {first, second, H}), batch_first);
     }
     const StateArrays<S> final = checked_state<S>("grad_state", grad_state, B);
 
@@ -280,8 +281,8 @@ class Stack {
     Sequence<S> dx;
     if (need_x) {
       py::array array = new_array<S>(first, second, I);
-      dx = {static_cast<S*>(array.mutable_data()), batch_first_ ? I : B * I,
-            batch_first_ ? T * I : I};
+      dx = {static_cast<S*>(array.mutable_data()), batch_first ? I : B * I,
+            batch_first ? T * I : I};
       grad_x = std::move(array);
     }
     auto [initial, grad_initial] = new_state<S>(B);
@@ -335,13 +336,13 @@ class Stack {
 
   template <class S>
   py::tuple whole_advance(const py::object& x, const py::object& state) const {
-    Call<S> call = prepare<S>(x, state);
+    Call<S> call = prepare<S>(x, state, batch_first_);
     const auto own_session = session<S>(call.run.steps, call.B, call.run.steps);
     return advance_in<S>(*own_session, std::move(call));
   }
   template <class S>
   py::tuple whole_record(const py::object& x, const py::object& state) const {
-    Call<S> call = prepare<S>(x, state);
+    Call<S> call = prepare<S>(x, state, batch_first_);
     const auto own_session = session<S>(call.run.steps, call.B, call.run.steps);
     return record_in<S>(*own_session, std::move(call));
   }
@@ -350,7 +351,8 @@ class Stack {
                           const py::object& grad_state, bool need_x) const {
     TapeOf<S>& tape = own<S>(handle);
     const auto own_session = session<S>(tape.T, tape.B, tape.T);
-    auto [grad_x, grad_initial] = reverse_in<S>(*own_session, tape, grad_y, grad_state, need_x);
+    auto [grad_x, grad_initial] =
+        reverse_in<S>(*own_session, tape, grad_y, grad_state, need_x, batch_first_);
     return py::make_tuple(std::move(grad_x), std::move(grad_initial),
                           weight_gradients<S>(*own_session));
   }
@@ -367,7 +369,7 @@ class Stack {
   std::vector<std::optional<py::array>> weights_;
 };
 
-// The verbs over parts of one sequence.
+// The verbs over parts of one sequence; time comes first, whatever the stack's own order.
 class Session {
  public:
   virtual ~Session() = default;
@@ -394,7 +396,7 @@ class SessionOf : public Session {
                     bool need_x) override {
     TapeOf<S>& tape = stack_.own<S>(handle);
     check(tape.T, tape.B, "tape");
-    auto [x, state] = stack_.reverse_in<S>(*session_, tape, grad_y, grad_state, need_x);
+    auto [x, state] = stack_.reverse_in<S>(*session_, tape, grad_y, grad_state, need_x, false);
     return py::make_tuple(std::move(x), std::move(state));
   }
   py::list finish() override { return stack_.weight_gradients<S>(*session_); }
@@ -402,7 +404,7 @@ class SessionOf : public Session {
 
  private:
   Stack::Call<S> prepare(const py::object& x, const py::object& state) const {
-    auto call = stack_.prepare<S>(x, state);
+    auto call = stack_.prepare<S>(x, state, false);
     check(call.run.steps, call.B, "x");
     return call;
   }

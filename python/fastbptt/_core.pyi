@@ -21,7 +21,7 @@ class Tape:
     def consumed(self) -> bool: ...
 
 class Session:
-    """The verbs over parts of one sequence, reversed from its end to its beginning.
+    """The verbs over parts of one sequence `[T, B, .]`, reversed from its end to its beginning.
 
     The packed weights and the sums of the weight gradients are kept from part to part, so that
     where the sequence is cut does not change a bit. The weights must not change meanwhile.
@@ -97,3 +97,6 @@ def readout_loss(
     `scale` times the sum over the targets that count, and its gradient with respect to `y`
     `[A, B, H]`; adds to `grad_weight` and `grad_bias`. Without `weight`, y is the prediction.
     """
+
+def readout_nbytes(K: int, N: int, rows: int, is_double: bool) -> int:
+    """Return what `readout_loss` with gradients takes for itself, at most."""
