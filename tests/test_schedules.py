@@ -201,7 +201,7 @@ def test_one_long_window_is_full(cell, rng):
 class Halves:
     """Recomputes: keeps the first state, and records the second half before the first."""
 
-    def plan(self, T):
+    def plan(self, T, needs=None):
         half = T // 2
         yield Action("store", 0, 0)
         yield Action("advance", 0, half)
@@ -230,7 +230,7 @@ class Given:
     def __init__(self, *actions):
         self.actions = actions
 
-    def plan(self, T):
+    def plan(self, T, needs=None):
         return iter(self.actions)
 
 

@@ -16,6 +16,7 @@ True
 
 from importlib.metadata import version as _version
 
+from fastbptt.checkpointing import Checkpointed
 from fastbptt.embedding import Embedding
 from fastbptt.layers import GRU, LSTM, RNN
 from fastbptt.linear import Linear
@@ -32,6 +33,7 @@ __all__ = [
     "RNN",
     "SGD",
     "Adam",
+    "Checkpointed",
     "Embedding",
     "Full",
     "Linear",

@@ -19,11 +19,144 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator
+from dataclasses import dataclass
 from math import comb
 from typing import Any
 
 from fastbptt._arrays import as_size
-from fastbptt.schedules import Action, Full
+from fastbptt.memory import as_bytes, as_text, needs_of
+from fastbptt.model import Model
+from fastbptt.schedules import Action, Full, Needs
+
+
+@dataclass(frozen=True, init=False)
+class Checkpointed:
+    """Backpropagation through all of the sequence, in less memory than all of it.
+
+    States are kept at chosen steps only; each segment between them is run again from the state
+    before it, recorded, and reversed. The gradient is that of `Full`, bit for bit with the same
+    number of threads. With enough slots for one state a segment, each step runs forward once more;
+    with fewer, again and again: as seldom as possible with these slots (Griewank & Walther 2000).
+
+    Parameters
+    ----------
+    slots : int, optional
+        States to keep at a time, at least 1. The sequence is then cut into `slots + 1` segments,
+        which is one more run forward, unless `segment` is given too.
+    memory : int or str, optional
+        Instead of `slots`: the most that a call may allocate beyond its input and results, in bytes
+        or as text such as "64MB" (1000**2) or "64MiB" (1024**2). Slots and segment are chosen so
+        that the fewest steps are run again.
+    segment : int, optional
+        With `slots`: steps to record at a time.
+
+    Raises
+    ------
+    ValueError
+        If not exactly one of `slots` and `memory` is given, or one is out of range. From a call, if
+        `memory` is too small for the problem: the message has the smallest that works.
+    TypeError
+        If one has the wrong type.
+
+    References
+    ----------
+    A. Gruslys et al., "Memory-efficient backpropagation through time", NeurIPS 2016; A. Griewank
+    and A. Walther, "Algorithm 799: revolve", ACM Transactions on Mathematical Software 26(1), 2000.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastbptt as fb
+    >>> model = fb.Model(fb.LSTM(3, 4, seed=0), fb.Linear(4, 2, seed=1))
+    >>> x, target = np.ones((1000, 2, 3), np.float32), np.zeros((1000, 2), int)
+    >>> little = fb.value_and_grad(model, x, target, schedule=fb.Checkpointed(slots=20))
+    >>> full = fb.value_and_grad(model, x, target)
+    >>> all(np.array_equal(little.grads[name], full.grads[name]) for name in full.grads)
+    True
+    """
+
+    slots: int | None
+    memory: int | None
+    segment: int | None
+
+    def __init__(
+        self,
+        slots: int | None = None,
+        memory: int | str | None = None,
+        segment: int | None = None,
+    ) -> None:
+        if (slots is None) == (memory is None):
+            got = "neither" if slots is None else "both"
+            raise ValueError(f"slots, memory: got {got}, wanted one of them")
+        if segment is not None and slots is None:
+            raise ValueError("segment: got one with memory, wanted None: the memory decides it")
+        for name, value in (("slots", slots), ("segment", segment)):
+            object.__setattr__(self, name, None if value is None else as_size(name, value))
+        object.__setattr__(self, "memory", None if memory is None else as_bytes("memory", memory))
+
+    def division(self, T: int, needs: Needs) -> tuple[int, int]:
+        """Return the slots and the steps of a segment for `T` steps.
+
+        Raises
+        ------
+        ValueError
+            If `memory` is too small.
+        """
+        if self.slots is not None:
+            return self.slots, self.segment or -(-T // (self.slots + 1))
+        assert self.memory is not None
+        # What is fixed depends on the segment, and the segment on what that leaves.
+        longest = T
+        while True:
+            left = self.memory - needs.fixed(longest)
+            if left >= least_bytes(needs.state, needs.step, T):
+                slots, segment = choose(T, needs.state, needs.step, left)
+                if segment <= longest:
+                    return slots, segment
+                slots = (left - longest * needs.step) // needs.state
+                return min(slots, -(-T // longest) - 1), longest
+            if longest == 1:
+                least = needs.fixed(1) + least_bytes(needs.state, needs.step, T)
+                raise ValueError(f"memory: got {self.memory} bytes, wanted at least {least}")
+            longest = (longest + 1) // 2
+
+    def plan(self, T: int, needs: Needs) -> Iterator[Action]:
+        """Return the actions for `T` steps."""
+        slots, segment = self.division(T, needs)
+        return plan(T, slots, segment)
+
+    def explain(self, model: Model, T: int, B: int) -> str:
+        """Return in words how a sequence of `T` steps of `B` rows would be trained on.
+
+        Parameters
+        ----------
+        model : Model
+            With a named loss; x and target are arrays.
+        T, B : int
+
+        Returns
+        -------
+        str
+            Slots, segments, what is run again, and the peak of what is allocated.
+
+        Examples
+        --------
+        >>> import fastbptt as fb
+        >>> model = fb.Model(fb.LSTM(64, 256))
+        >>> print(fb.Checkpointed(slots=50).explain(model, T=1020, B=16).split(";")[0])
+        50 slots, 51 segments of 20 steps
+        """
+        T, B = as_size("T", T), as_size("B", B)
+        needs = needs_of(model, T, B)
+        slots, segment = self.division(T, needs)
+        again = advanced_steps(T, slots, segment) / T
+        peak = needs.fixed(min(segment, T)) + slots * needs.state + min(segment, T) * needs.step
+        whole = needs.fixed(T) + T * needs.step
+        return (
+            f"{slots} slots, {-(-T // segment)} segments of {min(segment, T)} steps; "
+            f"{again:.2f} of the steps run forward again; at most {as_text(peak)} allocated, "
+            f"{peak / whole:.1%} of the {as_text(whole)} of Full"
+        )
 
 
 def plan(T: int, slots: int, segment: int, *, granularity: int = 1) -> Iterator[Action]:
