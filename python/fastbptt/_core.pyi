@@ -9,6 +9,9 @@ Array: TypeAlias = NDArray[Any]
 State: TypeAlias = Array | tuple[Array, Array]
 
 def cpu_info() -> dict[str, Any]: ...
+def allocated_bytes(reset: bool) -> tuple[int, int]:
+    """Return the bytes of the core's own memory now, and the most since the last reset."""
+
 def set_num_threads(n: int) -> None: ...
 def get_num_threads() -> int: ...
 

@@ -105,20 +105,23 @@ class Checkpointed:
         if self.slots is not None:
             return self.slots, self.segment or -(-T // (self.slots + 1))
         assert self.memory is not None
-        # What is fixed depends on the segment, and the segment on what that leaves.
-        longest = T
-        while True:
-            left = self.memory - needs.fixed(longest)
-            if left >= least_bytes(needs.state, needs.step, T):
-                slots, segment = choose(T, needs.state, needs.step, left)
-                if segment <= longest:
-                    return slots, segment
-                slots = (left - longest * needs.step) // needs.state
-                return min(slots, -(-T // longest) - 1), longest
-            if longest == 1:
-                least = needs.fixed(1) + least_bytes(needs.state, needs.step, T)
-                raise ValueError(f"memory: got {self.memory} bytes, wanted at least {least}")
+        # What is fixed depends on the longest segment, and the segment on what that leaves.
+        found = []
+        longest = 2 * T
+        while longest > 1:
             longest = (longest + 1) // 2
+            left = self.memory - needs.fixed(longest)
+            if left < least_bytes(needs.state, needs.step, T):
+                continue
+            slots, segment = choose(T, needs.state, needs.step, left)
+            if segment > longest:
+                segment = longest
+                slots = (left - segment * needs.step) // needs.state
+            found.append((min(slots, -(-T // segment) - 1), segment))
+        if not found:
+            least = needs.fixed(1) + least_bytes(needs.state, needs.step, T)
+            raise ValueError(f"memory: got {self.memory} bytes, wanted at least {least}")
+        return min(found, key=lambda division: advanced_steps(T, *division))
 
     def plan(self, T: int, needs: Needs) -> Iterator[Action]:
         """Return the actions for `T` steps."""

@@ -92,9 +92,10 @@ struct RowsKernels {
   // sums of rows [row, row + n) from x [n, K]
   void (*multiply)(Index K, Index N, Index row, Index n, Index stride, const S* x, const S* packed,
                    S* sums);
-  // Rows [row, row + n) of the sums to y [n, N], and back with zeros in the lanes behind N.
-  void (*read)(Index N, Index row, Index n, Index stride, const S* sums, S* y);
-  void (*write)(Index N, Index row, Index n, Index stride, const S* y, S* sums);
+  // Rows [row, row + n) of the sums to y, whose rows are `step` apart, and back with zeros in the
+  // lanes behind N.
+  void (*read)(Index N, Index row, Index n, Index stride, const S* sums, S* y, Index step);
+  void (*write)(Index N, Index row, Index n, Index stride, const S* y, Index step, S* sums);
   // grad_x [n, K] of rows [row, row + n); scratch has room for n * 4 packets.
   void (*grad_x)(Index K, Index N, Index row, Index n, Index stride, const S* sums,
                  const S* columns, S* scratch, S* grad_x);
@@ -106,9 +107,10 @@ struct RowsKernels {
   // y [n, N] without packing, for very few rows.
   void (*multiply_directly)(Index K, Index N, Index n, const S* x, const S* weight, const S* bias,
                             S* y);
-  // Overwrites logits [rows, N] with scale * (softmax - one-hot), rows of zeros where target is
-  // ignore; returns the sum of the cross entropies, not scaled.
-  double (*cross_entropy)(Index rows, Index N, S* logits, const std::int64_t* target,
+  // Overwrites logits [rows, N], rows `step` apart and all aligned alike, with scale * (softmax -
+  // one-hot), rows of zeros where target is ignore; returns the sum of the cross entropies, not
+  // scaled.
+  double (*cross_entropy)(Index rows, Index N, S* logits, Index step, const std::int64_t* target,
                           std::int64_t ignore, double scale);
 };
 

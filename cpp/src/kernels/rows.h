@@ -71,22 +71,22 @@ class Rows {
 
   // Calls body(values of a row, the panel's part of them, how many) for rows and panels.
   template <class T, class U, class F>
-  void for_parts(Index row, Index n, Index stride, T* sums, U* y, F&& body) const {
+  void for_parts(Index row, Index n, Index stride, T* sums, U* y, Index step, F&& body) const {
     const Index N = panels_.H;
     for (Index r = 0; r < n; ++r) {
       for (Index j = 0; j < panels_.count(); ++j) {
         const Index valid = N - j * width < width ? N - j * width : width;
-        body(y + r * N + j * width, sums + (j * stride + row + r) * width, valid);
+        body(y + r * step + j * width, sums + (j * stride + row + r) * width, valid);
       }
     }
   }
-  void read(Index row, Index n, Index stride, const S* sums, S* y) const {
-    for_parts(row, n, stride, sums, y, [](S* to, const S* from, Index valid) {
+  void read(Index row, Index n, Index stride, const S* sums, S* y, Index step) const {
+    for_parts(row, n, stride, sums, y, step, [](S* to, const S* from, Index valid) {
       for (Index i = 0; i < valid; ++i) to[i] = from[i];
     });
   }
-  void write(Index row, Index n, Index stride, const S* y, S* sums) const {
-    for_parts(row, n, stride, sums, y, [](const S* from, S* to, Index valid) {
+  void write(Index row, Index n, Index stride, const S* y, Index step, S* sums) const {
+    for_parts(row, n, stride, sums, y, step, [](const S* from, S* to, Index valid) {
       for (Index i = 0; i < valid; ++i) to[i] = from[i];
       for (Index i = valid; i < width; ++i) to[i] = S(0);
     });
@@ -172,14 +172,16 @@ void multiply_directly(Index K, Index N, Index n, const S* x, const S* weight, c
   }
 }
 
+// Eigen's sums go by the alignment of a row, so that is the same for all.
+//
 // -log softmax(l)[k] = log(sum of exp(l - m)) + m - l[k], with m the largest, so that exp is at
 // most 1.
 template <class S>
-double cross_entropy(Index n, Index N, S* logits, const std::int64_t* target, std::int64_t ignore,
-                     double scale) {
+double cross_entropy(Index n, Index N, S* logits, Index step, const std::int64_t* target,
+                     std::int64_t ignore, double scale) {
   double sum = 0;
   for (Index r = 0; r < n; ++r) {
-    Eigen::Map<Eigen::Array<S, 1, Eigen::Dynamic>> row(logits + r * N, N);
+    Eigen::Map<Eigen::Array<S, 1, Eigen::Dynamic>> row(logits + r * step, N);
     if (target[r] == ignore) {
       row.setZero();
       continue;
@@ -214,11 +216,11 @@ constexpr RowsKernels<S> rows_kernels() {
       [](Index K, Index N, Index row, Index n, Index stride, const S* x, const S* packed, S* sums) {
         Rows<S>(K, N).multiply(row, n, stride, x, packed, sums);
       },
-      [](Index N, Index row, Index n, Index stride, const S* sums, S* y) {
-        Rows<S>(1, N).read(row, n, stride, sums, y);
+      [](Index N, Index row, Index n, Index stride, const S* sums, S* y, Index step) {
+        Rows<S>(1, N).read(row, n, stride, sums, y, step);
       },
-      [](Index N, Index row, Index n, Index stride, const S* y, S* sums) {
-        Rows<S>(1, N).write(row, n, stride, y, sums);
+      [](Index N, Index row, Index n, Index stride, const S* y, Index step, S* sums) {
+        Rows<S>(1, N).write(row, n, stride, y, step, sums);
       },
       [](Index K, Index N, Index row, Index n, Index stride, const S* sums, const S* columns,
          S* scratch, S* to) { Rows<S>(K, N).grad_x(row, n, stride, sums, columns, scratch, to); },

@@ -1,6 +1,7 @@
 #include "fastbptt/buffer.h"
 
 #include <array>
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <mutex>
@@ -108,20 +109,38 @@ struct FreeBlocks {
 FreeBlocks free_blocks() { return {}; }
 #endif
 
+std::atomic<std::size_t> live{0};
+std::atomic<std::size_t> most_live{0};
+
+void count(std::size_t bytes) {
+  const std::size_t now = live.fetch_add(bytes, std::memory_order_relaxed) + bytes;
+  std::size_t most = most_live.load(std::memory_order_relaxed);
+  while (now > most && !most_live.compare_exchange_weak(most, now, std::memory_order_relaxed)) {
+  }
+}
+
 }  // namespace
 
 void* allocate_aligned(std::size_t bytes) {
   bytes = rounded(bytes);
-  if (bytes >= huge_from) {
-    if (void* data = free_blocks().take(bytes)) return data;
-  }
-  return from_system(bytes);
+  void* data = bytes >= huge_from ? free_blocks().take(bytes) : nullptr;
+  if (!data) data = from_system(bytes);
+  count(bytes);
+  return data;
 }
 
 void free_aligned(void* data, std::size_t bytes) noexcept {
+  if (!data) return;
   bytes = rounded(bytes);
-  if (data && bytes >= huge_from) return free_blocks().put(data, bytes);
+  live.fetch_sub(bytes, std::memory_order_relaxed);
+  if (bytes >= huge_from) return free_blocks().put(data, bytes);
   std::free(data);
+}
+
+Allocated allocated(bool reset) {
+  const Allocated result{live.load(), most_live.load()};
+  if (reset) most_live = result.now;
+  return result;
 }
 
 }  // namespace fastbptt

@@ -34,7 +34,7 @@ class Blocks {
         parts_(static_cast<int>(std::min(
             {std::max(1.0, flops / flops_a_thread), double(get_num_threads()), double(block_)}))) {
     const Index K = layer.K, N = layer.N;
-    values_ = Buffer<S>(parts_ * slice_rows * N);
+    values_ = Buffer<S>(parts_ * slice_rows * step());
     if (!layer.weight) return;
     sums_ = Buffer<S>(kernel_.sums(N, block_));
     packed_ = Buffer<S>(kernel_.packed(K, N));
@@ -45,8 +45,14 @@ class Blocks {
     kernel_.pack_columns(K, N, layer.weight, columns_.data());
   }
 
+  // From one row of a slice's values to the next: each begins a cache line.
+  Index step() const { return row_step(layer_.N); }
+  static Index row_step(Index N) {
+    constexpr Index line = 64 / Index(sizeof(S));
+    return (N + line - 1) / line * line;
+  }
   static Index block_of(Index rows, Index N) {
-    return std::min(rows, std::max(fewest_rows, block_values / std::max<Index>(1, N)));
+    return std::min(rows, std::max(fewest_rows, block_values / kernels().rows<S>().sums(N, 1)));
   }
   static Index scratch_size() { return slice_rows * 4 * kernels().rows<S>().lanes; }
 
@@ -60,7 +66,7 @@ class Blocks {
         const Index last = n * (p + 1) / parts_;
         for (Index row = n * p / parts_; row < last && !stop.asked(); row += slice_rows) {
           slice(p, begin + row, row, std::min(slice_rows, last - row),
-                values_.data() + p * slice_rows * layer_.N);
+                values_.data() + p * slice_rows * step());
         }
       });
       if (!stop.is_set()) after_block(begin, n);
@@ -73,11 +79,11 @@ class Blocks {
     kernel_.multiply(layer_.K, layer_.N, row, n, block_, layer_.x + first * layer_.K,
                      packed_.data(), sums_.data());
   }
-  void read(Index row, Index n, S* y) const {
-    kernel_.read(layer_.N, row, n, block_, sums_.data(), y);
+  void read(Index row, Index n, S* y, Index step) const {
+    kernel_.read(layer_.N, row, n, block_, sums_.data(), y, step);
   }
-  void write(Index row, Index n, const S* y) const {
-    kernel_.write(layer_.N, row, n, block_, y, sums_.data());
+  void write(Index row, Index n, const S* y, Index step) const {
+    kernel_.write(layer_.N, row, n, block_, y, step, sums_.data());
   }
   void grad_x(int part, Index row, Index n, S* to) const {
     kernel_.grad_x(layer_.K, layer_.N, row, n, block_, sums_.data(), columns_.data(),
@@ -110,14 +116,17 @@ class Blocks {
   Buffer<S> sums_, values_, scratch_, packed_, columns_;
 };
 
-// Overwrites prediction by the gradient of scale * sum of squares; returns the sum, not scaled.
+// Overwrites rows of predictions by the gradient of scale * sum of squares; returns the sum, not
+// scaled.
 template <class S>
-double squared_error(Index n, S* prediction, const S* target, double scale) {
+double squared_error(Index n, Index N, S* prediction, Index step, const S* target, double scale) {
   double sum = 0;
-  for (Index i = 0; i < n; ++i) {
-    const S difference = prediction[i] - target[i];
-    sum += double(difference) * double(difference);
-    prediction[i] = S(2 * scale) * difference;
+  for (Index r = 0; r < n; ++r, prediction += step, target += N) {
+    for (Index i = 0; i < N; ++i) {
+      const S difference = prediction[i] - target[i];
+      sum += double(difference) * double(difference);
+      prediction[i] = S(2 * scale) * difference;
+    }
   }
   return sum;
 }
@@ -136,7 +145,7 @@ void linear(const Linear<S>& layer, S* y, Interrupt interrupt) {
       stop,
       [&](int, Index first, Index row, Index n, S*) {
         blocks.multiply(first, row, n);
-        blocks.read(row, n, y + first * layer.N);
+        blocks.read(row, n, y + first * layer.N, layer.N);
       },
       [](Index, Index) {});
 }
@@ -150,7 +159,7 @@ void linear_backward(const Linear<S>& layer, const S* grad_y, S* grad_x, S* grad
   blocks.run(
       stop,
       [&](int p, Index first, Index row, Index n, S*) {
-        blocks.write(row, n, grad_y + first * layer.N);
+        blocks.write(row, n, grad_y + first * layer.N, layer.N);
         blocks.grad_x(p, row, n, grad_x + first * layer.K);
       },
       [&](Index begin, Index n) { blocks.add_gradient(begin, n, gradient.data()); });
@@ -163,6 +172,7 @@ double readout_loss(const ReadoutLoss<S>& job, Interrupt interrupt) {
   const Index K = readout.K, N = readout.N;
   const Blocks<S> blocks(readout, (readout.weight ? 6.0 * K : 20.0) * readout.rows * N,
                          job.grad_x != nullptr);
+  const Index step = blocks.step();
   const bool weights = readout.weight && job.grad_x;
   const Buffer<S> gradient =
       weights ? blocks.gradient(job.grad_weight, job.grad_bias) : Buffer<S>();
@@ -173,20 +183,24 @@ double readout_loss(const ReadoutLoss<S>& job, Interrupt interrupt) {
       [&](int p, Index first, Index row, Index n, S* values) {
         if (readout.weight) {
           blocks.multiply(first, row, n);
-          blocks.read(row, n, values);
+          blocks.read(row, n, values, step);
         } else {
-          std::copy(readout.x + first * K, readout.x + (first + n) * K, values);
+          for (Index r = 0; r < n; ++r) {
+            std::copy_n(readout.x + (first + r) * K, K, values + r * step);
+          }
         }
         sums[p] += job.loss == Loss::cross_entropy
-                       ? kernels().rows<S>().cross_entropy(n, N, values, job.classes + first,
+                       ? kernels().rows<S>().cross_entropy(n, N, values, step, job.classes + first,
                                                            job.ignore_index, job.scale)
-                       : squared_error(n * N, values, job.values + first * N, job.scale);
+                       : squared_error(n, N, values, step, job.values + first * N, job.scale);
         if (!job.grad_x) return;
         if (!readout.weight) {
-          std::copy(values, values + n * K, job.grad_x + first * K);
+          for (Index r = 0; r < n; ++r) {
+            std::copy_n(values + r * step, K, job.grad_x + (first + r) * K);
+          }
           return;
         }
-        blocks.write(row, n, values);
+        blocks.write(row, n, values, step);
         blocks.grad_x(p, row, n, job.grad_x + first * K);
       },
       [&](Index begin, Index n) {
@@ -202,9 +216,10 @@ template <class S>
 Index readout_nbytes(Index K, Index N, Index rows) {
   const RowsKernels<S>& kernel = kernels().rows<S>();
   const Index parts = get_num_threads();
-  return Index(sizeof(S)) * (parts * (slice_rows * N + Blocks<S>::scratch_size()) +
-                             kernel.sums(N, Blocks<S>::block_of(rows, N)) +
-                             2 * kernel.packed(K, N) + kernel.columns(K, N));
+  return Index(sizeof(S)) *
+         (parts * (slice_rows * Blocks<S>::row_step(N) + Blocks<S>::scratch_size()) +
+          kernel.sums(N, Blocks<S>::block_of(rows, N)) + 2 * kernel.packed(K, N) +
+          kernel.columns(K, N));
 }
 
 template <class S>
