@@ -25,7 +25,7 @@ from fastbptt.optimizers import SGD, Adam, RMSprop, clip_grad_norm
 from fastbptt.runtime import cpu_info, get_num_threads, set_num_threads
 from fastbptt.schedules import Full, Truncated
 from fastbptt.storage import load, save
-from fastbptt.training import evaluate, value_and_grad
+from fastbptt.training import each_window, evaluate, value_and_grad
 
 __all__ = [
     "GRU",
@@ -43,6 +43,7 @@ __all__ = [
     "__version__",
     "clip_grad_norm",
     "cpu_info",
+    "each_window",
     "evaluate",
     "get_num_threads",
     "load",

@@ -37,6 +37,9 @@ class Objective(Protocol):
 
     row_bytes: int
 
+    def narrow(self, begin: int, end: int) -> None:
+        """Let the loss be the mean over these steps, not over all."""
+
     def __call__(
         self, y: Array, begin: int, end: int, grads: dict[str, Array] | None
     ) -> tuple[float, Array | None]:
@@ -150,6 +153,10 @@ class _MeanSquare(_Fused):
         super().__init__(model, array)
         self.row_bytes = _width(model) * model.dtype.itemsize  # a copy unless it lies in order
         self.scale = 1.0 / size
+        self._step_size = size // T
+
+    def narrow(self, begin: int, end: int) -> None:
+        self.scale = 1.0 / (self._step_size * (end - begin))
 
 
 class _CrossEntropy(_Fused):
@@ -172,7 +179,8 @@ class _CrossEntropy(_Fused):
         super().__init__(model, array)
         self._batch_first = model.batch_first
         self.ignore_index = int(ignore_index)
-        count = self._count(_width(model))
+        self._classes = _width(model)
+        count = self._count(0, T)
         if count == 0:
             raise _no_target(f"ignore_index = {self.ignore_index} everywhere")
         self.scale = 1.0 / count
@@ -180,13 +188,15 @@ class _CrossEntropy(_Fused):
     def _cut(self, begin: int, end: int) -> Array:
         return super()._cut(begin, end).astype(np.int64, copy=False)
 
-    def _count(self, classes: int) -> int:
+    def narrow(self, begin: int, end: int) -> None:
+        self.scale = 1.0 / max(1, self._count(begin, end))
+
+    def _count(self, first: int, last: int) -> int:
         """Return how many targets count; every one of them is checked before any work is done."""
-        count = 0
-        T, B = self._target.leading
-        steps = max(1, _CHECKED_AT_ONCE // B)
-        for begin in range(0, T, steps):
-            chunk = self._cut(begin, min(begin + steps, T))
+        count, classes = 0, self._classes
+        steps = max(1, _CHECKED_AT_ONCE // self._target.leading[1])
+        for begin in range(first, last, steps):
+            chunk = self._cut(begin, min(begin + steps, last))
             counts = chunk != self.ignore_index
             count += int(np.count_nonzero(counts))
             # As unsigned numbers the negative ones are the largest: one comparison sees both ends.
@@ -205,6 +215,9 @@ class _Custom:
     """A loss of the user's, called with the outputs of a segment."""
 
     row_bytes = 0  # the user's own
+
+    def narrow(self, begin: int, end: int) -> None:
+        """Do nothing: what it is divided by is the user's affair."""
 
     def __init__(self, loss: LossFunction, model: Model, target: Any, T: int, B: int) -> None:
         self._readout: Linear | None = model.readout

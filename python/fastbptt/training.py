@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ from fastbptt.checkpointing import Checkpointed
 from fastbptt.losses import Loss, Objective, make_objective
 from fastbptt.memory import as_text, available, needs_of
 from fastbptt.model import Model
-from fastbptt.schedules import Action, Full, Needs, Schedule
+from fastbptt.schedules import Action, Full, Needs, Schedule, Truncated
 from fastbptt.source import Source, is_lazy
 
 # Rows of time x batch that run at once where nothing is kept: enough for a call to cost nothing.
@@ -134,10 +135,78 @@ def value_and_grad(
     longest = source.T
     if isinstance(schedule, Checkpointed):
         longest = min(longest, schedule.division(source.T, needs)[1])
-    run = _Run(model, source, objective, state, longest, grad_x)
+    run = _Run(model, source, objective, state, longest, grad_x=grad_x)
     for action in schedule.plan(source.T, needs):
         run.do(action)
-    return run.result()
+    return run.result(source.T, source.T)
+
+
+def each_window(
+    model: Model,
+    x: ArrayLike,
+    target: Any,
+    loss: Loss = "cross_entropy",
+    state: Any = None,
+    schedule: Truncated | None = None,
+    ignore_index: int = -100,
+) -> Iterator[ValueAndGrad]:
+    """Yield loss and gradient window by window, so that the parameters may change in between.
+
+    The states go on from window to window, so what a window begins with comes from the parameters
+    of the windows before it. Memory is that of one window, whatever the length.
+
+    Parameters
+    ----------
+    model, x, target, loss, state, ignore_index
+        As for `value_and_grad`.
+    schedule : Truncated
+        Its windows.
+
+    Yields
+    ------
+    ValueAndGrad
+        Of the `k1` steps that are new in the window: a named loss is the mean over those of its
+        targets that count, or 0 if there are none, and a callable what it returned for them. Then
+        the gradient, through `k2` steps, and the state after the last of them.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As for `value_and_grad`, before the first window; or the schedule is no `Truncated`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastbptt as fb
+    >>> model = fb.Model(fb.Embedding(5, 8, seed=0), fb.GRU(8, 16, seed=1), fb.Linear(16, 5))
+    >>> text = np.arange(401).reshape(-1, 1) % 5
+    >>> adam = fb.Adam(model.parameters(), lr=0.02)
+    >>> for window in fb.each_window(model, text[:-1], text[1:], schedule=fb.Truncated(10, 20)):
+    ...     adam.step(window.grads)
+    >>> window.loss < 0.2
+    True
+    """
+    if not isinstance(schedule, Truncated):
+        raise TypeError(f"schedule: got {type(schedule).__name__}, wanted Truncated(k1, k2)")
+    source = _Input(model, x)
+    objective = make_objective(loss, model, target, source.T, source.B, ignore_index)
+    return _windows(model, source, objective, state, schedule)
+
+
+def _windows(
+    model: Model, source: _Input, objective: Objective, state: Any, schedule: Truncated
+) -> Iterator[ValueAndGrad]:
+    begin = 0
+    for number, actions in enumerate(schedule.windows(source.T)):
+        new = number * schedule.k1
+        end = min(new + schedule.k1, source.T)
+        objective.narrow(new, end)
+        # The parameters may be others now, so their packed form is made anew.
+        run = _Run(model, source, objective, state, end - begin, begin=begin)
+        for action in actions:
+            run.do(action)
+        begin, state = run.present
+        yield run.result(end, end - new)
 
 
 def _check_grad_x(grad_x: Any, source: _Input, model: Model) -> None:
@@ -314,16 +383,19 @@ class _Run:
         objective: Objective,
         state: Any,
         longest: int,
-        grad_x: Array | None,
+        *,
+        begin: int = 0,
+        grad_x: Array | None = None,
     ) -> None:
         self._model = model
         self._source = source
         self._objective = objective
-        self._session = model.recurrent._stack.session(source.T, source.B, longest)
+        T = source.T if begin == 0 else longest
+        self._session = model.recurrent._stack.session(T, source.B, longest)
         self._advanced_at_once = min(longest, max(1, _RUN_AT_ONCE // source.B))
-        self._t = 0  # the present state is that before step _t
+        self._t = begin  # the present state is that before step _t
         self._state = None if state is None else model.recurrent._as_state("state", state)
-        self._last: tuple[Any] | None = None  # the state after all steps, once it is known
+        self._furthest = begin, self._state  # the last state there was
         self._stored: dict[int, Any] = {}
         self._segments: list[_Segment] = []
         self._error: tuple[int, Any] | None = None  # a step, and dL/dstate before it
@@ -367,8 +439,13 @@ class _Run:
 
     def _move_to(self, t: int, state: Any) -> None:
         self._t, self._state = t, state
-        if t == self._source.T:
-            self._last = (state,)
+        if t > self._furthest[0]:
+            self._furthest = t, state
+
+    @property
+    def present(self) -> tuple[int, Any]:
+        """A step, and the state before it, that the next action goes on from."""
+        return self._t, self._state
 
     def _reverse(self, action: Action) -> None:
         top = self._segments[-1] if self._segments else None
@@ -405,13 +482,12 @@ class _Run:
         whole[skipped:] = grad
         return whole
 
-    def result(self) -> ValueAndGrad:
-        """Return what the actions have come to, when all of them are done."""
-        T = self._source.T
-        if self._segments or self._last is None or self._steps_with_loss != T:
+    def result(self, end: int, steps: int) -> ValueAndGrad:
+        """Return what the actions have come to: up to step `end`, the loss of so many steps."""
+        if self._segments or self._furthest[0] != end or self._steps_with_loss != steps:
             raise ValueError(
-                f"schedule: its plan for {T} steps took the loss of {self._steps_with_loss} steps "
-                f"and left {len(self._segments)} segments not reversed"
+                f"schedule: its plan for {steps} steps took the loss of {self._steps_with_loss} "
+                f"steps and left {len(self._segments)} segments not reversed"
             )
         model = self._model
         layer = model.recurrent
@@ -422,7 +498,7 @@ class _Run:
         if model.readout is not None:
             grads.append(self._readout_grads)
         named = {f"{n}.{name}": grad for n, part in enumerate(grads) for name, grad in part.items()}
-        return ValueAndGrad(self._loss, named, self._last[0])
+        return ValueAndGrad(self._loss, named, self._furthest[1])
 
     def _expect(self, action: Action, possible: bool) -> None:
         if not possible:
