@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import logging
+import subprocess
+import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -148,8 +151,6 @@ def test_only_a_segment_is_read_at_a_time(batch_first, embedding, rng):
 @pytest.mark.parametrize("slots", [None, 30])
 def test_memory_is_kept(slots, rng):
     """Of the core and of NumPy's arrays together, beyond the input and the result."""
-    import tracemalloc
-
     model = make_model("lstm", I=16, H=64)
     T, B = 4000, 2
     x, target = make_data(rng, model, T, B)
@@ -250,6 +251,38 @@ def test_a_fault_frees_all_and_changes_nothing(place, rng):
         np.testing.assert_array_equal(parameter, before[name])
     for part, was in zip(state, kept, strict=True):
         np.testing.assert_array_equal(part, was)
+
+
+def test_out_of_memory_in_the_middle_leaves_all_usable():
+    """With the address space bounded the tape of Full fails; a small one then still works."""
+    pytest.importorskip("resource")
+    script = """
+import gc, resource
+import numpy as np
+import fastbptt as fb
+from fastbptt import _core
+fb.set_num_threads(1)
+model = fb.Model(fb.LSTM(8, 64, seed=0), fb.Linear(64, 3, seed=0))
+before = {name: p.copy() for name, p in model.parameters().items()}
+T = 300_000
+x, target = np.ones((T, 1, 8), np.float32), np.zeros((T, 1), np.int64)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (200 << 20),) * 2)
+# Full wants 600 MB; Truncated gets to the last window, whose tape is too large.
+for schedule in (fb.Full(), fb.Truncated(250_000), fb.Checkpointed(slots=1)):
+    try:
+        fb.value_and_grad(model, x, target, schedule=schedule)
+    except MemoryError:
+        print("MemoryError")
+gc.collect()
+assert _core.allocated_bytes(False)[0] == 0
+assert all(np.array_equal(p, before[name]) for name, p in model.parameters().items())
+print(fb.value_and_grad(model, x[:20000], target[:20000], schedule=fb.Checkpointed(100)).loss > 0)
+"""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("reads /proc")
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.stdout.split() == ["MemoryError"] * 3 + ["True"], run.stderr
 
 
 @pytest.mark.parametrize(
