@@ -27,7 +27,7 @@ def test_training_step(
     benchmark: BenchmarkFixture, problem: Problem, library: str, threads: int, rows: list[Row]
 ) -> None:
     step = make_step(library, problem, "float32", threads)
-    check_same(library, step.run(), exact(problem, threads), "float32")
+    check_same(library, problem, step.run(), exact(problem, threads), "float32")
     benchmark(step.run)
     peak = peak_memory(library, problem, "float32", threads)
     benchmark.extra_info |= {

@@ -41,7 +41,9 @@ def test_libraries_agree(cell, dtype, library, one_thread):
     if library == "torch":
         threads = require("torch").get_num_threads()
     problem = Problem("", cell, 6, 3, 5, 8)
-    check_same(library, make_step(library, problem, dtype, 1).run(), exact(problem, 1), dtype)
+    check_same(
+        library, problem, make_step(library, problem, dtype, 1).run(), exact(problem, 1), dtype
+    )
     if library == "torch":
         require("torch").set_num_threads(threads)
 
@@ -58,21 +60,24 @@ def test_jax_agrees(dtype):
 
 
 def _check(library: str, problem: Problem, dtype: str) -> None:
-    check_same(library, make_step(library, problem, dtype, 1).run(), exact(problem, 1), dtype)
+    check_same(
+        library, problem, make_step(library, problem, dtype, 1).run(), exact(problem, 1), dtype
+    )
 
 
 def test_a_wrong_result_is_not_timed(one_thread):
-    wanted = exact(Problem("", "gru", 4, 2, 3, 5), 1)
+    problem = Problem("", "gru", 4, 2, 3, 5)
+    wanted = exact(problem, 1)
     for place in range(len(wanted)):
         got = [array.astype("float32") for array in wanted]
         got[place] = got[place] * np.float32(1.01)
         with pytest.raises(WrongResultError, match=r"numpy: \w+ is off by 1.0e-02"):
-            check_same("numpy", got, wanted, "float32")
+            check_same("numpy", problem, got, wanted, "float32")
         got[place] = np.full_like(got[place], np.nan)
         with pytest.raises(WrongResultError, match="off by nan"):
-            check_same("numpy", got, wanted, "float32")
+            check_same("numpy", problem, got, wanted, "float32")
     with pytest.raises(WrongResultError, match="float64"):
-        check_same("numpy", wanted, wanted, "float32")
+        check_same("numpy", problem, wanted, wanted, "float32")
 
 
 def test_table_and_json(tmp_path, capsys):

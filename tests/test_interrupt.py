@@ -69,6 +69,11 @@ class Work:
         schedule = fb.Truncated(100)
         return lambda: fb.value_and_grad(self.model, x, x, loss="mse", schedule=schedule)
 
+    def checkpointed(self, T: int):
+        x = self.x(T)
+        schedule = fb.Checkpointed(slots=4)
+        return lambda: fb.value_and_grad(self.model, x, x, loss="mse", schedule=schedule)
+
     def evaluate(self, T: int):
         x = self.x(T)
         return lambda: fb.evaluate(self.model, x, x, loss="mse")
@@ -108,7 +113,16 @@ def interrupt(verb: str) -> None:
     print(f"{delay:.3f}")
 
 
-VERBS = ["advance", "record", "reverse", "wide_input", "value_and_grad", "truncated", "evaluate"]
+VERBS = [
+    "advance",
+    "record",
+    "reverse",
+    "wide_input",
+    "value_and_grad",
+    "truncated",
+    "checkpointed",
+    "evaluate",
+]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no SIGINT for one process on Windows")

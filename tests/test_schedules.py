@@ -9,60 +9,10 @@ from hypothesis import strategies as st
 
 import fastbptt as fb
 from fastbptt.schedules import Action
+from plans import Simulator
 from reference import CELLS, make_layer
 
 HIDDEN, CLASSES, BATCH = 5, 4, 3
-
-
-class Simulator:
-    """Follows a plan without data: which states exist, and how far each loss is carried back."""
-
-    def __init__(self, T):
-        self.T = T
-        self.t = 0
-        self.stored = set()
-        self.piles = []
-        self.loss_steps = []
-        self.reach = {}  # the window of a step with a loss: the first step its gradient gets to
-        self.most_recorded = self.most_stored = 0
-        self.error_at = None
-
-    def run(self, plan):
-        for action in plan:
-            t0, t1 = action.t0, action.t1
-            if action.verb in ("advance", "record"):
-                assert self.t == t0 < t1 <= self.T, action
-                self.t = t1
-                if action.verb == "record":
-                    self.piles.append((t0, t1))
-            elif action.verb == "store":
-                assert self.t == t0 == t1, action
-                self.stored.add(t0)
-            elif action.verb == "restore":
-                assert t0 in self.stored, action
-                self.t = t0
-                if action.last:
-                    self.stored.remove(t0)
-            else:
-                self.reverse(action)
-            self.most_recorded = max(self.most_recorded, sum(b - a for a, b in self.piles))
-            self.most_stored = max(self.most_stored, len(self.stored))
-        assert not self.piles
-        assert not self.stored
-        assert self.t == self.T
-        assert sorted(self.loss_steps) == list(range(self.T))
-        return self
-
-    def reverse(self, action):
-        assert self.piles.pop() == (action.t0, action.t1), action
-        begin = action.t0 if action.loss_from is None else action.loss_from
-        assert action.t0 <= begin <= action.t1
-        if self.error_at != action.t1:
-            self.carried = []
-        self.carried += range(begin, action.t1)
-        self.loss_steps += range(begin, action.t1)
-        self.reach |= dict.fromkeys(self.carried, action.t0)
-        self.error_at = action.t0
 
 
 def windows(T, k1, k2):
@@ -87,6 +37,7 @@ def test_truncated_reaches_back_as_defined(T, k1, more):
             assert simulator.reach[t] == begin
     assert simulator.most_recorded <= k1 + more
     assert simulator.most_stored <= 1
+    assert simulator.t == T
 
 
 def test_windows_that_do_not_overlap_follow_each_other():
@@ -250,7 +201,7 @@ def test_one_long_window_is_full(cell, rng):
 class Halves:
     """Recomputes: keeps the first state, and records the second half before the first."""
 
-    def plan(self, T):
+    def plan(self, T, needs=None):
         half = T // 2
         yield Action("store", 0, 0)
         yield Action("advance", 0, half)
@@ -279,7 +230,7 @@ class Given:
     def __init__(self, *actions):
         self.actions = actions
 
-    def plan(self, T):
+    def plan(self, T, needs=None):
         return iter(self.actions)
 
 

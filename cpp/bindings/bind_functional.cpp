@@ -230,15 +230,10 @@ class Verbs {
     const Index B = blocks[0].B;
     const auto run = [&](const Block& block, const State<const S>& from, const State<S>& to,
                          S* steps, Interrupt interrupt) {
-      const Forward<S> call{shape_,
-                            w.data(),
-                            block.T,
-                            block.B,
-                            part<const S>(x, block, count),
-                            from,
-                            part<S>(y, block, count),
+      const Forward<S> call{block.T, part<const S>(x, block, count), from, part<S>(y, block, count),
                             to};
-      steps ? record(call, steps, interrupt) : advance(call, interrupt);
+      Session<S> session(shape_, w.data(), block.T, block.B);
+      steps ? session.record(call, steps, interrupt) : session.advance(call, interrupt);
     };
     without_gil([&](Interrupt interrupt) {
       const ThreadLimit limit(threads);
@@ -266,6 +261,8 @@ class Verbs {
                    int threads) const {
     const std::vector<Weights<const S>> w = layers<const S>(weights);
     const std::vector<Weights<S>> grad_w = layers<S>(grad_weights);
+    const auto frozen = std::make_unique<bool[]>(grad_w.size());
+    for (std::size_t l = 0; l < grad_w.size(); ++l) frozen[l] = !grad_w[l].w_ih;
     const std::size_t count = blocks.size();
     const Index B = blocks[0].B, size = state_size(B) * (has_cell() ? 2 : 1);
     const Buffer<S> unwanted(wanted_initial.h ? 0 : size);
@@ -273,18 +270,14 @@ class Verbs {
     const auto run = [&](const Block& block, const State<const S>& from, const S* steps,
                          const State<const S>& grad_to, const State<S>& grad_from,
                          Interrupt interrupt) {
-      const Forward<S> call{shape_,
-                            w.data(),
-                            block.T,
-                            block.B,
-                            part<const S>(x, block, count),
-                            from,
-                            part<S>(y, block, count),
-                            {}};
+      const Forward<S> call{
+          block.T, part<const S>(x, block, count), from, part<S>(y, block, count), {}};
       const Reverse<S> grad{steps,     part<const S>(grad_y, block, count),
                             grad_to,   part<S>(grad_x, block, count),
-                            grad_from, grad_w.data()};
-      reverse(call, grad, interrupt);
+                            grad_from, frozen.get()};
+      Session<S> session(shape_, w.data(), block.T, block.B);
+      session.reverse(call, grad, interrupt);
+      session.finish(grad_w.data());
     };
     without_gil([&](Interrupt interrupt) {
       const ThreadLimit limit(threads);

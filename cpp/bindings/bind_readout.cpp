@@ -191,6 +191,12 @@ void bind_readout(py::module_& m) {
   m.def("readout_loss", &bind_readout_loss, py::arg("loss"), py::arg("y"), py::arg("weight"),
         py::arg("bias"), py::arg("target"), py::arg("scale"), py::arg("ignore_index"),
         py::arg("grad_weight"), py::arg("grad_bias"), py::arg("need_grad"));
+  m.def(
+      "readout_nbytes",
+      [](Index K, Index N, Index rows, bool is_double) {
+        return is_double ? readout_nbytes<double>(K, N, rows) : readout_nbytes<float>(K, N, rows);
+      },
+      py::arg("K"), py::arg("N"), py::arg("rows"), py::arg("is_double"));
   m.def("embedding_backward", &bind_embedding_backward, py::arg("index"), py::arg("grad"),
         py::arg("grad_weight"));
 }

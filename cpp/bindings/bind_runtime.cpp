@@ -4,6 +4,7 @@
 
 #include "arrays.h"
 #include "concepts.h"
+#include "fastbptt/buffer.h"
 #include "fastbptt/runtime.h"
 
 namespace fastbptt::bindings {
@@ -42,6 +43,13 @@ void bind_runtime(py::module_& m) {
     result["vector_bytes"] = info.vector_bytes;
     return result;
   });
+  m.def(
+      "allocated_bytes",
+      [](bool reset) {
+        const Allocated bytes = allocated(reset);
+        return py::make_tuple(bytes.now, bytes.most);
+      },
+      py::arg("reset"));
   m.def("set_num_threads", &set_num_threads, py::arg("n"));
   m.def("get_num_threads", &get_num_threads);
 }

@@ -16,6 +16,7 @@ True
 
 from importlib.metadata import version as _version
 
+from fastbptt.checkpointing import Checkpointed
 from fastbptt.embedding import Embedding
 from fastbptt.layers import GRU, LSTM, RNN
 from fastbptt.linear import Linear
@@ -24,7 +25,7 @@ from fastbptt.optimizers import SGD, Adam, RMSprop, clip_grad_norm
 from fastbptt.runtime import cpu_info, get_num_threads, set_num_threads
 from fastbptt.schedules import Full, Truncated
 from fastbptt.storage import load, save
-from fastbptt.training import evaluate, value_and_grad
+from fastbptt.training import each_window, evaluate, value_and_grad
 
 __all__ = [
     "GRU",
@@ -32,6 +33,7 @@ __all__ = [
     "RNN",
     "SGD",
     "Adam",
+    "Checkpointed",
     "Embedding",
     "Full",
     "Linear",
@@ -41,6 +43,7 @@ __all__ = [
     "__version__",
     "clip_grad_norm",
     "cpu_info",
+    "each_window",
     "evaluate",
     "get_num_threads",
     "load",

@@ -104,11 +104,11 @@ def as_dtype(value: DTypeLike) -> np.dtype[Any]:
     return dtype
 
 
-def as_size(name: str, value: Any) -> int:
-    """Return `value` as an int of at least 1; a bool or a float is none."""
+def as_size(name: str, value: Any, least: int = 1) -> int:
+    """Return `value` as an int of at least `least`; a bool or a float is none."""
     size = _as_int(name, value)
-    if size < 1:
-        raise ValueError(f"{name}: got {size}, wanted at least 1")
+    if size < least:
+        raise ValueError(f"{name}: got {size}, wanted at least {least}")
     return size
 
 

@@ -9,6 +9,9 @@ Array: TypeAlias = NDArray[Any]
 State: TypeAlias = Array | tuple[Array, Array]
 
 def cpu_info() -> dict[str, Any]: ...
+def allocated_bytes(reset: bool) -> tuple[int, int]:
+    """Return the bytes of the core's own memory now, and the most since the last reset."""
+
 def set_num_threads(n: int) -> None: ...
 def get_num_threads() -> int: ...
 
@@ -19,6 +22,24 @@ class Tape:
     def nbytes(self) -> int: ...
     @property
     def consumed(self) -> bool: ...
+
+class Session:
+    """The verbs over parts of one sequence `[T, B, .]`, reversed from its end to its beginning.
+
+    The packed weights and the sums of the weight gradients are kept from part to part, so that
+    where the sequence is cut does not change a bit. The weights must not change meanwhile.
+    """
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that all the verbs together take for themselves, tapes and results apart."""
+    def advance(self, x: Array, state: State | None) -> tuple[Array, State]: ...
+    def record(self, x: Array, state: State | None) -> tuple[Array, State, Tape]: ...
+    def reverse(
+        self, tape: Tape, grad_y: Array | None, grad_state: State | None, need_x: bool
+    ) -> tuple[Array | None, State]: ...
+    def finish(self) -> list[Array | None]:
+        """Return the weight gradients of all parts; once, at the end."""
 
 class Stack:
     """The recurrent layers of one module, over parameter arrays that belong to the caller.
@@ -37,6 +58,9 @@ class Stack:
         dtype: str,
         weights: list[Array | None],
     ) -> None: ...
+    def session(self, T: int, B: int, longest: int) -> Session:
+        """For parts of at most `longest` steps of a sequence of T steps of B rows."""
+    def tape_nbytes(self, T: int, B: int) -> int: ...
     def advance(self, x: Array, state: State | None) -> tuple[Array, State]: ...
     def record(self, x: Array, state: State | None) -> tuple[Array, State, Tape]: ...
     def reverse(
@@ -135,3 +159,6 @@ def readout_loss(
     `scale` times the sum over the targets that count, and its gradient with respect to `y`
     `[A, B, H]`; adds to `grad_weight` and `grad_bias`. Without `weight`, y is the prediction.
     """
+
+def readout_nbytes(K: int, N: int, rows: int, is_double: bool) -> int:
+    """Return what `readout_loss` with gradients takes for itself, at most."""

@@ -7,6 +7,7 @@ whole.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Protocol, TypeAlias
 
@@ -16,6 +17,7 @@ from fastbptt import _core
 from fastbptt._arrays import Array, as_array, from_any
 from fastbptt.linear import Linear
 from fastbptt.model import Model
+from fastbptt.source import Source, is_lazy
 
 LossFunction: TypeAlias = Callable[[Array, Any, slice], tuple[float, Array]]
 Loss: TypeAlias = str | LossFunction
@@ -25,7 +27,18 @@ _CHECKED_AT_ONCE = 1 << 13
 
 
 class Objective(Protocol):
-    """The loss of one sequence, readout included, ready to be taken in segments."""
+    """The loss of one sequence, readout included, ready to be taken in segments.
+
+    Attributes
+    ----------
+    row_bytes : int
+        What reading the target of a row of a step takes.
+    """
+
+    row_bytes: int
+
+    def narrow(self, begin: int, end: int) -> None:
+        """Let the loss be the mean over these steps, not over all."""
 
     def __call__(
         self, y: Array, begin: int, end: int, grads: dict[str, Array] | None
@@ -35,7 +48,7 @@ class Objective(Protocol):
         Parameters
         ----------
         y : ndarray
-            The recurrent layer's output at these steps, and at no others.
+            The recurrent layer's output at these steps, and at no others, `[n, B, H]`.
         begin, end : int
             Where they are in the sequence.
         grads : dict of str to ndarray or None
@@ -47,11 +60,6 @@ class Objective(Protocol):
         grad_y : ndarray or None
             None if `grads` is.
         """
-
-
-def cut(array: Any, begin: int, end: int, batch_first: bool) -> Any:
-    """Return the steps `[begin, end)` of an array that has time first, or behind the batch."""
-    return array[:, begin:end] if batch_first else array[begin:end]
 
 
 def make_objective(
@@ -98,15 +106,14 @@ class _Fused:
     kind: str
     ignore_index = 0
     scale: float
+    row_bytes: int
 
-    def __init__(self, model: Model, target: Array) -> None:
+    def __init__(self, model: Model, target: Source) -> None:
         self._weights = {} if model.readout is None else model.readout.weights
         self._target = target
-        self._batch_first = model.batch_first
 
     def _cut(self, begin: int, end: int) -> Array:
-        segment: Array = cut(self._target, begin, end, self._batch_first)
-        return segment
+        return self._target.take(begin, end)
 
     def __call__(
         self, y: Array, begin: int, end: int, grads: dict[str, Array] | None
@@ -132,37 +139,48 @@ class _MeanSquare(_Fused):
     kind = "mse"
 
     def __init__(self, model: Model, target: Any, T: int, B: int) -> None:
-        array = as_array("target", target, model.dtype)
+        if not is_lazy(target):
+            target = as_array("target", target, model.dtype)
+        array = Source("target", target, model.batch_first)
         wanted = (*_leading(model, T, B), _width(model))
         if array.shape != wanted:
             raise ValueError(f"target: got shape {array.shape}, wanted {wanted}")
         if array.dtype != model.dtype:
             raise TypeError(f"target: got dtype {array.dtype}, wanted {model.dtype}")
-        if array.size == 0:
+        size = math.prod(array.shape)
+        if size == 0:
             raise _no_target(f"shape {array.shape}")
         super().__init__(model, array)
-        self.scale = 1.0 / array.size
+        self.row_bytes = _width(model) * model.dtype.itemsize  # a copy unless it lies in order
+        self.scale = 1.0 / size
+        self._step_size = size // T
+
+    def narrow(self, begin: int, end: int) -> None:
+        self.scale = 1.0 / (self._step_size * (end - begin))
 
 
 class _CrossEntropy(_Fused):
     """The mean of the negative log-likelihoods of the classes that are not `ignore_index`."""
 
     kind = "cross_entropy"
+    row_bytes = 16  # as int64, and in order
 
     def __init__(self, model: Model, target: Any, T: int, B: int, ignore_index: int) -> None:
         if isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, np.integer)):
             raise TypeError(f"ignore_index: got {ignore_index!r}, wanted an integer")
-        array = from_any("target", target)
+        array = Source("target", target, model.batch_first)
         wanted = _leading(model, T, B)
         if array.shape != wanted:
             raise ValueError(f"target: got shape {array.shape}, wanted class numbers {wanted}")
-        if array.size == 0:
+        if 0 in array.shape:
             raise _no_target(f"shape {array.shape}")
-        if array.dtype.kind not in "iu":
+        if np.dtype(array.dtype).kind not in "iu":
             raise TypeError(f"target: got dtype {array.dtype}, wanted class numbers, integers")
         super().__init__(model, array)
+        self._batch_first = model.batch_first
         self.ignore_index = int(ignore_index)
-        count = self._count(_width(model))
+        self._classes = _width(model)
+        count = self._count(0, T)
         if count == 0:
             raise _no_target(f"ignore_index = {self.ignore_index} everywhere")
         self.scale = 1.0 / count
@@ -170,28 +188,36 @@ class _CrossEntropy(_Fused):
     def _cut(self, begin: int, end: int) -> Array:
         return super()._cut(begin, end).astype(np.int64, copy=False)
 
-    def _count(self, classes: int) -> int:
+    def narrow(self, begin: int, end: int) -> None:
+        self.scale = 1.0 / max(1, self._count(begin, end))
+
+    def _count(self, first: int, last: int) -> int:
         """Return how many targets count; every one of them is checked before any work is done."""
-        count = 0
-        rows = max(1, _CHECKED_AT_ONCE // self._target.shape[1])
-        for first in range(0, len(self._target), rows):
-            chunk = self._target[first : first + rows].astype(np.int64, copy=False)
+        count, classes = 0, self._classes
+        steps = max(1, _CHECKED_AT_ONCE // self._target.leading[1])
+        for begin in range(first, last, steps):
+            chunk = self._cut(begin, min(begin + steps, last))
             counts = chunk != self.ignore_index
             count += int(np.count_nonzero(counts))
             # As unsigned numbers the negative ones are the largest: one comparison sees both ends.
             wrong = counts & (chunk.view(np.uint64) >= classes)
             if wrong.any():
-                row, column = np.unravel_index(int(wrong.argmax()), wrong.shape)
+                step, row = np.unravel_index(int(wrong.argmax()), wrong.shape)
+                place = (row, begin + step) if self._batch_first else (begin + step, row)
                 raise ValueError(
-                    f"target: got class {self._target[first + row, column]} at "
-                    f"[{first + row}, {column}], wanted from 0 to {classes - 1}, or "
-                    f"ignore_index = {self.ignore_index}"
+                    f"target: got class {chunk[step, row]} at [{place[0]}, {place[1]}], wanted "
+                    f"from 0 to {classes - 1}, or ignore_index = {self.ignore_index}"
                 )
         return count
 
 
 class _Custom:
     """A loss of the user's, called with the outputs of a segment."""
+
+    row_bytes = 0  # the user's own
+
+    def narrow(self, begin: int, end: int) -> None:
+        """Do nothing: what it is divided by is the user's affair."""
 
     def __init__(self, loss: LossFunction, model: Model, target: Any, T: int, B: int) -> None:
         self._readout: Linear | None = model.readout
@@ -213,10 +239,12 @@ class _Custom:
     def __call__(
         self, y: Array, begin: int, end: int, grads: dict[str, Array] | None
     ) -> tuple[float, Array | None]:
-        output = y if self._readout is None else self._readout(y)
+        output = y if self._readout is None else _core.linear(y, *self._readout_weights())
+        if self._batch_first:
+            output = output.swapaxes(0, 1)
         target = self._target
         if target is not None:
-            target = cut(target, begin, end, self._batch_first)
+            target = target[:, begin:end] if self._batch_first else target[begin:end]
         value, grad = _as_pair(self._loss(output, target, slice(begin, end)))
         if grads is None:
             return value, None
@@ -225,10 +253,16 @@ class _Custom:
             raise ValueError(f"grad_output of loss: got shape {grad.shape}, wanted {output.shape}")
         if grad.dtype != output.dtype:
             raise TypeError(f"grad_output of loss: got dtype {grad.dtype}, wanted {output.dtype}")
+        if self._batch_first:
+            grad = grad.swapaxes(0, 1)
         if self._readout is None:
             return value, grad
-        weight = self._readout.weights["weight"]
+        weight, _ = self._readout_weights()
         return value, _core.linear_backward(y, weight, grad, grads["weight"], grads.get("bias"))
+
+    def _readout_weights(self) -> tuple[Array, Array | None]:
+        assert self._readout is not None
+        return self._readout.weights["weight"], self._readout.weights.get("bias")
 
 
 def _as_pair(result: Any) -> tuple[float, Any]:

@@ -7,7 +7,7 @@ used, so that a long sequence costs no memory here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias
 
@@ -44,10 +44,29 @@ class Action:
     last: bool = False
 
 
+@dataclass(frozen=True)
+class Needs:
+    """The memory that training a model on a sequence takes, in bytes.
+
+    Parameters
+    ----------
+    state : int
+        A state of all layers and rows, kept.
+    step : int
+        A recorded step, until it is reversed.
+    fixed : callable
+        All that is there throughout, given the most steps that are recorded or advanced at a time.
+    """
+
+    state: int
+    step: int
+    fixed: Callable[[int], int]
+
+
 class Schedule(Protocol):
     """What `value_and_grad` asks of a schedule."""
 
-    def plan(self, T: int) -> Iterator[Action]:
+    def plan(self, T: int, needs: Needs) -> Iterator[Action]:
         """Return the actions for `T` steps; the loss of each step is taken exactly once."""
 
 
@@ -69,7 +88,7 @@ class Full:
     [('record', 0, 100), ('reverse', 0, 100)]
     """
 
-    def plan(self, T: int) -> Iterator[Action]:
+    def plan(self, T: int, needs: Needs | None = None) -> Iterator[Action]:
         """Return the actions for `T` steps: record them all, and go back through them."""
         if T > 0:
             yield Action("record", 0, T)
@@ -124,8 +143,13 @@ class Truncated:
         object.__setattr__(self, "k1", k1)
         object.__setattr__(self, "k2", k2)
 
-    def plan(self, T: int) -> Iterator[Action]:
-        """Return the actions for `T` steps, window by window.
+    def plan(self, T: int, needs: Needs | None = None) -> Iterator[Action]:
+        """Return the actions for `T` steps, window by window."""
+        for window in self.windows(T):
+            yield from window
+
+    def windows(self, T: int) -> Iterator[list[Action]]:
+        """Return the actions of each window; the loss of `k1` steps is taken in one.
 
         A window that overlaps the next is recorded in two parts, so that the state at which the
         next one begins can be kept on the way.
@@ -136,15 +160,19 @@ class Truncated:
             end = min(new + k1, T)
             following = max(0, new + 2 * k1 - k2)
             if end == T or following == end:
-                yield Action("record", begin, end)
-                yield Action("reverse", begin, end, loss_from=new)
+                yield [Action("record", begin, end), Action("reverse", begin, end, loss_from=new)]
             else:
-                if begin < following:
-                    yield Action("record", begin, following)
-                yield Action("store", following, following)
-                yield Action("record", following, end)
-                yield Action("reverse", following, end, loss_from=max(new, following))
-                if begin < following:
-                    yield Action("reverse", begin, following, loss_from=min(new, following))
-                yield Action("restore", following, following, last=True)
+                early = begin < following
+                yield [
+                    *([Action("record", begin, following)] if early else []),
+                    Action("store", following, following),
+                    Action("record", following, end),
+                    Action("reverse", following, end, loss_from=max(new, following)),
+                    *(
+                        [Action("reverse", begin, following, loss_from=min(new, following))]
+                        if early
+                        else []
+                    ),
+                    Action("restore", following, following, last=True),
+                ]
             begin = following

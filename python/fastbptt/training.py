@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,12 +12,18 @@ from numpy.typing import ArrayLike
 from fastbptt import _core
 from fastbptt._arrays import Array, as_array
 from fastbptt._part import Part
-from fastbptt.losses import Loss, Objective, cut, make_objective
+from fastbptt.checkpointing import Checkpointed
+from fastbptt.losses import Loss, Objective, make_objective
+from fastbptt.memory import as_text, available, needs_of
 from fastbptt.model import Model
-from fastbptt.schedules import Action, Full, Schedule
+from fastbptt.schedules import Action, Full, Needs, Schedule, Truncated
+from fastbptt.source import Source, is_lazy
 
-# Rows of time x batch that `evaluate` runs at once: enough for packing the weights to cost nothing.
-_EVALUATED_AT_ONCE = 4096
+# Rows of time x batch that run at once where nothing is kept: enough for a call to cost nothing.
+_RUN_AT_ONCE = 4096
+
+# Whether it was said that a sequence is checkpointed because it does not fit.
+_told: list[bool] = []
 
 
 class ValueAndGrad(NamedTuple):
@@ -45,6 +52,7 @@ def value_and_grad(
     state: Any = None,
     schedule: Schedule | None = None,
     ignore_index: int = -100,
+    grad_x: Array | None = None,
 ) -> ValueAndGrad:
     """Return the loss of a sequence and its gradient by backpropagation through time.
 
@@ -56,7 +64,8 @@ def value_and_grad(
         What is trained.
     x : array_like
         Class numbers `[T, B]` for a model with an embedding, else `[T, B, I]` of the model's dtype;
-        with `batch_first` B comes before T. T and B are at least 1.
+        with `batch_first` B comes before T. T and B are at least 1. A memory map, or any object
+        with `shape`, `dtype` and slices over time, is read a segment at a time.
     target : array_like
         For "cross_entropy" class numbers `[T, B]`, for "mse" values `[T, B, N]` of the model's
         dtype, with N numbers in an output; `batch_first` as for x. For a callable anything with
@@ -71,9 +80,14 @@ def value_and_grad(
     state : ndarray or tuple of ndarray, optional
         The state before the first step, such as an earlier call returned; zeros by default.
     schedule : Schedule, optional
-        `Full()`, which is the default, or `Truncated(k1, k2)`.
+        `Full()`, `Checkpointed(...)` or `Truncated(k1, k2)`. By default `Full()`, or, if that would
+        take more memory than there is, `Checkpointed` within half of what there is, which the
+        logger "fastbptt" tells once.
     ignore_index : int
         A class that does not count; for "cross_entropy" only.
+    grad_x : ndarray, optional
+        Of the shape and dtype of x, a memory map if that is large: the gradient with respect to x
+        is written there. Not for a model with an embedding. After an error it holds no meaning.
 
     Returns
     -------
@@ -100,16 +114,131 @@ def value_and_grad(
     >>> result.loss < 0.1
     True
     """
-    schedule = Full() if schedule is None else schedule
-    if isinstance(schedule, type) or not hasattr(schedule, "plan"):
+    if schedule is not None and (isinstance(schedule, type) or not hasattr(schedule, "plan")):
         name = schedule.__name__ if isinstance(schedule, type) else type(schedule).__name__
         raise TypeError(f"schedule: got {name}, wanted a schedule such as Full() or Truncated(k1)")
     source = _Input(model, x)
     objective = make_objective(loss, model, target, source.T, source.B, ignore_index)
-    run = _Run(model, source, objective, state)
-    for action in schedule.plan(source.T):
+    if grad_x is not None:
+        _check_grad_x(grad_x, source, model)
+        grad_x[...] = 0
+    needs = needs_of(
+        model,
+        source.T,
+        source.B,
+        read_bytes=source.row_bytes(),
+        target_bytes=objective.row_bytes,
+        logits=callable(loss),
+    )
+    if schedule is None:
+        schedule = _fitting(source.T, needs)
+    longest = source.T
+    if isinstance(schedule, Checkpointed):
+        longest = min(longest, schedule.division(source.T, needs)[1])
+    run = _Run(model, source, objective, state, longest, grad_x=grad_x)
+    for action in schedule.plan(source.T, needs):
         run.do(action)
-    return run.result()
+    return run.result(source.T, source.T)
+
+
+def each_window(
+    model: Model,
+    x: ArrayLike,
+    target: Any,
+    loss: Loss = "cross_entropy",
+    state: Any = None,
+    schedule: Truncated | None = None,
+    ignore_index: int = -100,
+) -> Iterator[ValueAndGrad]:
+    """Yield loss and gradient window by window, so that the parameters may change in between.
+
+    The states go on from window to window, so what a window begins with comes from the parameters
+    of the windows before it. Memory is that of one window, whatever the length.
+
+    Parameters
+    ----------
+    model, x, target, loss, state, ignore_index
+        As for `value_and_grad`.
+    schedule : Truncated
+        Its windows.
+
+    Yields
+    ------
+    ValueAndGrad
+        Of the `k1` steps that are new in the window: a named loss is the mean over those of its
+        targets that count, or 0 if there are none, and a callable what it returned for them. Then
+        the gradient, through `k2` steps, and the state after the last of them.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As for `value_and_grad`, before the first window; or the schedule is no `Truncated`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastbptt as fb
+    >>> model = fb.Model(fb.Embedding(5, 8, seed=0), fb.GRU(8, 16, seed=1), fb.Linear(16, 5))
+    >>> text = np.arange(401).reshape(-1, 1) % 5
+    >>> adam = fb.Adam(model.parameters(), lr=0.02)
+    >>> for window in fb.each_window(model, text[:-1], text[1:], schedule=fb.Truncated(10, 20)):
+    ...     adam.step(window.grads)
+    >>> window.loss < 0.2
+    True
+    """
+    if not isinstance(schedule, Truncated):
+        raise TypeError(f"schedule: got {type(schedule).__name__}, wanted Truncated(k1, k2)")
+    source = _Input(model, x)
+    objective = make_objective(loss, model, target, source.T, source.B, ignore_index)
+    return _windows(model, source, objective, state, schedule)
+
+
+def _windows(
+    model: Model, source: _Input, objective: Objective, state: Any, schedule: Truncated
+) -> Iterator[ValueAndGrad]:
+    begin = 0
+    for number, actions in enumerate(schedule.windows(source.T)):
+        new = number * schedule.k1
+        end = min(new + schedule.k1, source.T)
+        objective.narrow(new, end)
+        # The parameters may be others now, so their packed form is made anew.
+        run = _Run(model, source, objective, state, end - begin, begin=begin)
+        for action in actions:
+            run.do(action)
+        begin, state = run.present
+        yield run.result(end, end - new)
+
+
+def _check_grad_x(grad_x: Any, source: _Input, model: Model) -> None:
+    if model.embedding is not None:
+        raise ValueError("grad_x: got an array for a model with an embedding, wanted None")
+    if not isinstance(grad_x, np.ndarray):
+        raise TypeError(f"grad_x: got {type(grad_x).__name__}, wanted a NumPy array")
+    if grad_x.shape != source.source.shape:
+        raise ValueError(f"grad_x: got shape {grad_x.shape}, wanted {source.source.shape}")
+    if grad_x.dtype != model.dtype:
+        raise TypeError(f"grad_x: got dtype {grad_x.dtype}, wanted {model.dtype}")
+    if not grad_x.flags.writeable:
+        raise ValueError("grad_x: got a read-only array, wanted a writable one")
+
+
+def _fitting(T: int, needs: Needs) -> Schedule:
+    """Return `Full`, or what fits into half of the memory that is left if that does not."""
+    there = available()
+    whole = needs.fixed(T) + T * needs.step
+    if there is None or whole <= there:
+        return Full()
+    schedule = Checkpointed(memory=there // 2)
+    if not _told:
+        _told.append(True)
+        logging.getLogger("fastbptt").warning(
+            "the tape of %d steps would take %s and there are %s: checkpointing instead, within "
+            "half of that; schedule=Checkpointed(memory=...) chooses another limit",
+            T,
+            as_text(whole),
+            as_text(there),
+        )
+    return schedule
 
 
 def evaluate(
@@ -158,51 +287,69 @@ def evaluate(
     source = _Input(model, x)
     objective = make_objective(loss, model, target, source.T, source.B, ignore_index)
     value = 0.0
-    steps = max(1, _EVALUATED_AT_ONCE // source.B)
+    steps = min(source.T, max(1, _RUN_AT_ONCE // source.B))
+    session = model.recurrent._stack.session(source.T, source.B, steps)
+    if state is not None:
+        state = model.recurrent._as_state("state", state)
     for begin in range(0, source.T, steps):
         end = min(begin + steps, source.T)
-        y, state = model.recurrent(source.vectors(begin, end), state)
+        y, state = session.advance(source.vectors(begin, end), state)
         value += objective(y, begin, end, None)[0]
     return value, state
 
 
 class _Input:
-    """The input of a model, checked as a whole and read some steps at a time."""
+    """The input of a model, read some steps at a time, with time first."""
 
     def __init__(self, model: Model, x: Any) -> None:
         if not isinstance(model, Model):
             raise TypeError(f"model: got {type(model).__name__}, wanted a Model")
-        self._embedding = model.embedding
-        self._batch_first = model.batch_first
-        if model.embedding is None:
-            self._array = _vectors(model, x)
+        self._model = model
+        if is_lazy(x):
+            self.source = Source("x", x, model.batch_first)
+            self._check_shape()
+        elif model.embedding is None:
+            self.source = Source("x", as_array("x", x, model.dtype), model.batch_first)
+            self._check_shape()
+            self._check_dtype(self.source.dtype)
         else:
-            self._array = _classes(model, model.embedding.num_embeddings, x)
-        time = 1 if model.batch_first else 0
-        self.T, self.B = self._array.shape[time], self._array.shape[1 - time]
+            x = _classes(model, model.embedding.num_embeddings, x)
+            self.source = Source("x", x, model.batch_first)
+        self.T, self.B = self.source.leading
+
+    def _check_shape(self) -> None:
+        shape, size = self.source.shape, self._model.recurrent.input_size
+        axes = "B, T" if self._model.batch_first else "T, B"
+        if self._model.embedding is not None:
+            if len(shape) != 2:
+                raise ValueError(f"x: got shape {shape}, wanted class numbers [{axes}]")
+        elif len(shape) != 3 or shape[2] != size:
+            raise ValueError(f"x: got shape {shape}, wanted [{axes}, {size}]")
+
+    def _check_dtype(self, dtype: Any) -> None:
+        if dtype != self._model.dtype:
+            raise TypeError(f"x: got dtype {dtype}, wanted {self._model.dtype}")
+
+    def row_bytes(self) -> int:
+        """Return the bytes that reading a row of a step takes."""
+        size = 1 if len(self.source.shape) == 2 else self.source.shape[2]
+        return size * self._model.dtype.itemsize if self.source.lazy else 0
 
     def classes(self, begin: int, end: int) -> Array:
         """Return the class numbers of some steps, for a model with an embedding."""
-        segment: Array = cut(self._array, begin, end, self._batch_first)
-        return segment.astype(np.int64, copy=False)
+        part = self.source.take(begin, end)
+        if self.source.lazy:
+            return self._model._index(part)
+        return part.astype(np.int64, copy=False)
 
     def vectors(self, begin: int, end: int) -> Array:
         """Return what the recurrent layer gets at some steps."""
-        if self._embedding is not None:
-            return self._embedding._rows(self.classes(begin, end))
-        segment: Array = cut(self._array, begin, end, self._batch_first)
-        return segment
-
-
-def _vectors(model: Model, x: Any) -> Array:
-    array = as_array("x", x, model.dtype)
-    size = model.recurrent.input_size
-    if array.ndim != 3 or array.shape[2] != size:
-        axes = "B, T" if model.batch_first else "T, B"
-        raise ValueError(f"x: got shape {array.shape}, wanted [{axes}, {size}]")
-    if array.dtype != model.dtype:
-        raise TypeError(f"x: got dtype {array.dtype}, wanted {model.dtype}")
-    return array
+        if self._model.embedding is not None:
+            return self._model.embedding._rows(self.classes(begin, end))
+        part = self.source.take(begin, end)
+        if self.source.lazy:
+            self._check_dtype(part.dtype)
+        return part
 
 
 def _classes(model: Model, rows: int, x: Any) -> Array:
@@ -213,9 +360,8 @@ def _classes(model: Model, rows: int, x: Any) -> Array:
     return model._index(x)
 
 
-@dataclass
-class _Segment:
-    """Steps that are recorded and not yet reversed."""
+class _Segment(NamedTuple):
+    """Recorded steps `[t0, t1)`, not reversed yet."""
 
     t0: int
     t1: int
@@ -230,36 +376,53 @@ class _Run:
     and output, exists.
     """
 
-    def __init__(self, model: Model, source: _Input, objective: Objective, state: Any) -> None:
+    def __init__(
+        self,
+        model: Model,
+        source: _Input,
+        objective: Objective,
+        state: Any,
+        longest: int,
+        *,
+        begin: int = 0,
+        grad_x: Array | None = None,
+    ) -> None:
         self._model = model
         self._source = source
         self._objective = objective
-        self._t = 0  # the present state is that before step _t
-        self._state = state
-        self._last: tuple[Any] | None = None  # the state after all steps, once it is known
+        T = source.T if begin == 0 else longest
+        self._session = model.recurrent._stack.session(T, source.B, longest)
+        self._advanced_at_once = min(longest, max(1, _RUN_AT_ONCE // source.B))
+        self._t = begin  # the present state is that before step _t
+        self._state = None if state is None else model.recurrent._as_state("state", state)
+        self._furthest = begin, self._state  # the last state there was
         self._stored: dict[int, Any] = {}
         self._segments: list[_Segment] = []
         self._error: tuple[int, Any] | None = None  # a step, and dL/dstate before it
         self._loss = 0.0
         self._steps_with_loss = 0
-        # The core adds to these; the recurrent layer's come with its first segment.
+        self._grad_x = None
+        if grad_x is not None:
+            self._grad_x = grad_x.swapaxes(0, 1) if model.batch_first else grad_x
+        # The core adds to these; the recurrent layer's come from the session.
         embedding, readout = model.embedding, model.readout
         self._embedding_grads = {} if embedding is None else _zeros_like(embedding)
         self._readout_grads = {} if readout is None else _zeros_like(readout)
-        self._recurrent_grads: dict[str, Array] = {}
 
     def do(self, action: Action) -> None:
         """Do one action."""
         match action.verb:
             case "advance":
                 self._expect(action, self._t == action.t0)
-                x = self._source.vectors(action.t0, action.t1)
-                _, state = self._model.recurrent(x, self._state)
-                self._move_to(action.t1, state)
+                for begin in range(action.t0, action.t1, self._advanced_at_once):
+                    end = min(begin + self._advanced_at_once, action.t1)
+                    x = self._source.vectors(begin, end)
+                    _, state = self._session.advance(x, self._state)
+                    self._move_to(end, state)
             case "record":
                 self._expect(action, self._t == action.t0)
                 x = self._source.vectors(action.t0, action.t1)
-                y, state, tape = self._model.recurrent.forward(x, self._state)
+                y, state, tape = self._session.record(x, self._state)
                 self._segments.append(_Segment(action.t0, action.t1, y, tape))
                 self._move_to(action.t1, state)
             case "reverse":
@@ -276,8 +439,13 @@ class _Run:
 
     def _move_to(self, t: int, state: Any) -> None:
         self._t, self._state = t, state
-        if t == self._source.T:
-            self._last = (state,)
+        if t > self._furthest[0]:
+            self._furthest = t, state
+
+    @property
+    def present(self) -> tuple[int, Any]:
+        """A step, and the state before it, that the next action goes on from."""
+        return self._t, self._state
 
     def _reverse(self, action: Action) -> None:
         top = self._segments[-1] if self._segments else None
@@ -288,51 +456,49 @@ class _Run:
             grad_state = self._error[1]
         begin = action.t0 if action.loss_from is None else action.loss_from
         grad_y = self._take_loss(segment, begin)
-        embedding = self._model.embedding
-        grads = self._model.recurrent.backward(
-            segment.tape, grad_y, grad_state, need_x=embedding is not None
+        embedded = self._model.embedding is not None
+        grad_x, state = self._session.reverse(
+            segment.tape, grad_y, grad_state, embedded or self._grad_x is not None
         )
-        self._error = (action.t0, grads.state)
-        for name, grad in grads.weights.items():
-            total = self._recurrent_grads.setdefault(name, grad)
-            if total is not grad:
-                total += grad
-        if embedding is not None:
+        self._error = (action.t0, state)
+        if embedded:
+            assert grad_x is not None
             index = self._source.classes(action.t0, action.t1)
-            _core.embedding_backward(index, grads.x, self._embedding_grads["weight"])
+            _core.embedding_backward(index, grad_x, self._embedding_grads["weight"])
+        elif self._grad_x is not None:
+            self._grad_x[action.t0 : action.t1] += grad_x
 
     def _take_loss(self, segment: _Segment, begin: int) -> Array | None:
         """Add the loss of the steps from `begin` on; return the gradient for the whole segment."""
         if begin >= segment.t1:
             return None
-        batch_first = self._model.batch_first
-        skipped, steps = begin - segment.t0, segment.t1 - segment.t0
-        y = cut(segment.y, skipped, steps, batch_first)
-        value, grad = self._objective(y, begin, segment.t1, self._readout_grads)
+        skipped = begin - segment.t0
+        value, grad = self._objective(segment.y[skipped:], begin, segment.t1, self._readout_grads)
         self._loss += value
-        self._steps_with_loss += steps - skipped
+        self._steps_with_loss += segment.t1 - begin
         if skipped == 0:
             return grad
         whole = np.zeros_like(segment.y)
-        cut(whole, skipped, steps, batch_first)[...] = grad
+        whole[skipped:] = grad
         return whole
 
-    def result(self) -> ValueAndGrad:
-        """Return what the actions have come to, when all of them are done."""
-        T = self._source.T
-        if self._segments or self._last is None or self._steps_with_loss != T:
+    def result(self, end: int, steps: int) -> ValueAndGrad:
+        """Return what the actions have come to: up to step `end`, the loss of so many steps."""
+        if self._segments or self._furthest[0] != end or self._steps_with_loss != steps:
             raise ValueError(
-                f"schedule: its plan for {T} steps took the loss of {self._steps_with_loss} steps "
-                f"and left {len(self._segments)} segments not reversed"
+                f"schedule: its plan for {steps} steps took the loss of {self._steps_with_loss} "
+                f"steps and left {len(self._segments)} segments not reversed"
             )
         model = self._model
-        grads = [self._recurrent_grads]
+        layer = model.recurrent
+        sums = (grad for grad in self._session.finish() if grad is not None)
+        grads = [dict(zip(layer.weights, sums, strict=True))]
         if model.embedding is not None:
             grads.insert(0, self._embedding_grads)
         if model.readout is not None:
             grads.append(self._readout_grads)
         named = {f"{n}.{name}": grad for n, part in enumerate(grads) for name, grad in part.items()}
-        return ValueAndGrad(self._loss, named, self._last[0])
+        return ValueAndGrad(self._loss, named, self._furthest[1])
 
     def _expect(self, action: Action, possible: bool) -> None:
         if not possible:

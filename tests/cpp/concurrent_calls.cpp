@@ -47,15 +47,15 @@ class Step {
     for (std::int64_t& target : targets_) target = random.between(0, N - 1);
   }
 
-  // record, readout_loss, reverse; then all results one after another.
+  // record, readout_loss, reverse and finish; then all results one after another.
   std::vector<S> run() {
     for (const Array<S>& grad : grads_.arrays) grad.fill(S(0));
     grad_readout_.fill(S(0));
     grad_bias_.fill(S(0));
     const auto weights = model_.weights.template views<const S>();
-    const Forward<S> forward{model_.shape, weights.data(), T, B, x_.const_view(), {},
-                             y_.view(),    final_.view()};
-    record(forward, tape_.data());
+    Session<S> session(model_.shape, weights.data(), T, B);
+    const Forward<S> forward{T, x_.const_view(), {}, y_.view(), final_.view()};
+    session.record(forward, tape_.data());
     ReadoutLoss<S> job{};
     job.readout = {T * B, H, N, y_.array().data(), model_.readout.data(), model_.bias.data()};
     job.loss = Loss::cross_entropy;
@@ -67,12 +67,10 @@ class Step {
     job.grad_bias = grad_bias_.data();
     const double loss = readout_loss(job);
     const auto grad_views = grads_.views();
-    reverse(forward, Reverse<S>{tape_.data(),
-                                {dy_.data(), B * H, H},
-                                {},
-                                grad_x_.view(),
-                                grad_initial_.view(),
-                                grad_views.data()});
+    session.reverse(
+        forward,
+        Reverse<S>{tape_.data(), {dy_.data(), B * H, H}, {}, grad_x_.view(), grad_initial_.view()});
+    session.finish(grad_views.data());
 
     std::vector<S> results{S(loss)};
     const auto take = [&](const Array<S>& array) {

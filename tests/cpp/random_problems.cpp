@@ -166,7 +166,8 @@ class StackProblem {
     const auto weights = weights_.template views<const S>();
     const SequenceArray<S> y(o_.y, o_.T, o_.B, H, o_.offset);
     const StateArrays<S> final(o_.shape, o_.B, o_.offset);
-    Forward<S> run{o_.shape, weights.data(), o_.T, o_.B, input(), {}, y.view(), final.view()};
+    Forward<S> run{o_.T, input(), {}, y.view(), final.view()};
+    const auto session = [&] { return Session<S>(o_.shape, weights.data(), o_.T, o_.B); };
     if (o_.initial) run.initial = initial_.const_view();
 
     const auto check_forward = [&](const std::string& verb) {
@@ -175,14 +176,14 @@ class StackProblem {
       verdict.close(verb + " h", final.h.doubles(), want.h, allowed);
       if (final.c.data()) verdict.close(verb + " c", final.c.doubles(), want.c, allowed);
     };
-    advance(run);
+    session().advance(run);
     check_forward("advance");
 
     y.array().fill(nan<S>);
     final.h.fill(nan<S>);
     if (final.c.data()) final.c.fill(nan<S>);
     const Array<S> tape(tape_size(o_.shape, o_.T, o_.B), o_.offset);
-    record(run, tape.data());
+    session().record(run, tape.data());
     check_forward("record");
 
     const SequenceArray<S> grad_x(o_.dx, o_.T, o_.B, o_.shape.input_size, o_.offset);
@@ -196,9 +197,10 @@ class StackProblem {
     if (o_.grad_final) grad.grad_final = grad_final_.const_view();
     if (o_.grad_x) grad.grad_x = grad_x.view();
     grad.grad_initial = grad_initial.view();
-    grad.grad_weights = grad_views.data();
     run.final = {};
-    reverse(run, grad);
+    auto back = session();
+    back.reverse(run, grad);
+    back.finish(grad_views.data());
     if (o_.grad_x) {
       verdict.close("grad_x", grad_x.doubles(), want.grad_x, allowed);
       verdict.require(grad_x.gaps_untouched(), "grad_x", "written between the rows");
@@ -227,9 +229,9 @@ class StackProblem {
       }
       verdict.require(thrown == (o_.T > 0), verb, "a poll that says stop was not heeded");
     };
-    stopped("advance", [&] { advance(run, {stop_at_once, nullptr}); });
-    stopped("record", [&] { record(run, tape.data(), {stop_at_once, nullptr}); });
-    stopped("reverse", [&] { reverse(run, grad, {stop_at_once, nullptr}); });
+    stopped("advance", [&] { session().advance(run, {stop_at_once, nullptr}); });
+    stopped("record", [&] { session().record(run, tape.data(), {stop_at_once, nullptr}); });
+    stopped("reverse", [&] { session().reverse(run, grad, {stop_at_once, nullptr}); });
   }
 
  private:

@@ -14,6 +14,13 @@ void* allocate_aligned(std::size_t bytes);
 // Takes back what allocate_aligned(bytes) gave; null is nothing.
 void free_aligned(void* data, std::size_t bytes) noexcept;
 
+// Bytes in buffers now, and the most there were since the last reset.
+struct Allocated {
+  std::size_t now;
+  std::size_t most;
+};
+Allocated allocated(bool reset);
+
 template <class S>
 class Buffer {
  public:

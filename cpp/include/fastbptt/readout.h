@@ -1,4 +1,6 @@
 // Linear layers and losses over rows, and the gradient of an embedding. All arrays are contiguous.
+// Sums over rows go on from what is in the gradient, from the last row to the first, so that where
+// rows are cut does not change a bit. After an Interrupted nothing was added.
 #pragma once
 #include <cstdint>
 
@@ -44,7 +46,12 @@ struct ReadoutLoss {
 template <class S>
 double readout_loss(const ReadoutLoss<S>& job, Interrupt interrupt = {});
 
-// grad_weight[index[r], :] += grad[r, :] for every row r in order; both are [., E].
+// Bytes that a readout_loss with gradient takes for itself, at most.
+template <class S>
+Index readout_nbytes(Index K, Index N, Index rows);
+
+// grad_weight[index[r], :] += grad[r, :] for every row r, from the last to the first; both are [.,
+// E].
 template <class S>
 void embedding_backward(Index rows, Index E, const std::int64_t* index, const S* grad,
                         S* grad_weight);

@@ -1,6 +1,7 @@
 // The three verbs over a stack of recurrent layers. All arrays belong to the caller.
 #pragma once
 #include <exception>
+#include <memory>
 
 #include "fastbptt/types.h"
 
@@ -29,38 +30,25 @@ struct Interrupted : std::exception {
 // last.
 Index tape_size(const StackShape& shape, Index T, Index B);
 
-// One run of a stack over T >= 0 steps of B >= 1 rows.
-//   x      [T, B, I]; may be null if T is 0
-//   y      [T, B, H]; must not overlap x
+// Some steps of a sequence: n >= 0 of them, of all B rows.
+//   x      [n, B, I]; may be null if n is 0
+//   y      [n, B, H]; must not overlap x
 //   initial, final  [L, B, H]; initial.h null: zeros; initial and final may not overlap
 template <class S>
 struct Forward {
-  StackShape shape;
-  const Weights<const S>* weights;  // one a layer
-  Index T;
-  Index B;
+  Index steps;
   Sequence<const S> x;
   State<const S> initial;
   Sequence<S> y;
   State<S> final;
 };
 
-// y and the final state; keeps nothing.
-template <class S>
-void advance(const Forward<S>& run, Interrupt interrupt = {});
-
-// y, the final state, and the tape (tape_size elements).
-template <class S>
-void record(const Forward<S>& run, S* tape, Interrupt interrupt = {});
-
-// The gradient, back through the steps of `run`, whose x, y, weights and tape are as record left
-// them.
-//   grad_y      [T, B, H], data null: zeros
+// The gradient, back through the steps of a Forward, whose x, y and tape are as record left them.
+//   grad_y      [n, B, H], data null: zeros
 //   grad_final  [L, B, H], null: zeros
-//   grad_x      [T, B, I], data null: not computed
+//   grad_x      [n, B, I], data null: not computed
 //   grad_initial  [L, B, H], written
-//   grad_weights  one a layer, added to; null biases are skipped, and with a null w_ih the layer's
-//                 weight gradients are not computed at all
+//   frozen  one a layer, whether its weight gradients are left out; null: none are
 template <class S>
 struct Reverse {
   const S* tape;
@@ -68,10 +56,41 @@ struct Reverse {
   State<const S> grad_final;
   Sequence<S> grad_x;
   State<S> grad_initial;
-  const Weights<S>* grad_weights;
+  const bool* frozen = nullptr;
 };
 
+// The verbs over one sequence of T steps of B >= 1 rows, as a whole or cut into parts of at most
+// `longest` steps. What does not change from part to part is made once: the packed weights, the
+// way the work is shared out, and the sums of the weight gradients, which go on from part to part.
+// So where a sequence is cut does not change a bit, as long as it is reversed from its end to its
+// beginning. Memory is taken when a verb first needs it. The weights must stay where and as they
+// are. One call at a time; after an Interrupted the gradients are lost.
 template <class S>
-void reverse(const Forward<S>& run, const Reverse<S>& grad, Interrupt interrupt = {});
+class Session {
+ public:
+  // weights: one a layer.
+  Session(const StackShape& shape, const Weights<const S>* weights, Index T, Index B,
+          Index longest);
+  Session(const StackShape& shape, const Weights<const S>* weights, Index T, Index B)
+      : Session(shape, weights, T, B, T) {}
+  ~Session();
+
+  // y and the final state; keeps nothing.
+  void advance(const Forward<S>& run, Interrupt interrupt = {});
+  // y, the final state, and the tape: tape_size(shape, run.steps, B) elements.
+  void record(const Forward<S>& run, S* tape, Interrupt interrupt = {});
+  // grad_x and grad_initial; gathers the weight gradients.
+  void reverse(const Forward<S>& run, const Reverse<S>& grad, Interrupt interrupt = {});
+  // Adds the weight gradients that were gathered, one a layer; null biases are skipped, and layers
+  // with a null w_ih. Once, at the end.
+  void finish(const Weights<S>* grad_weights);
+
+  // Bytes that all the verbs together take for themselves.
+  Index nbytes() const;
+
+ private:
+  struct Data;
+  std::unique_ptr<Data> data_;
+};
 
 }  // namespace fastbptt

@@ -77,27 +77,41 @@ struct LayerKernels {
   void (*reverse_finish)(const LayerShape&, const S* scratch, const Weights<S>& grad);
 };
 
-// Rows of a readout. All arrays are contiguous.
-template <class S>
-struct RowsJob {
-  Index rows;
-  Index K;
-  Index N;
-  const S* x;       // [rows, K]
-  const S* weight;  // [N, K]
-  const S* bias;    // [N] or null
-};
-
+// The readout y = x W^T + b over rows of [N, K] weights. `packed` memory has the panels of W and b;
+// `columns` those of W for the way back; `sums` are y or dL/dy in panels, with room for `stride`
+// rows. Gradients are gathered in panels like `packed`, the last row first.
 template <class S>
 struct RowsKernels {
-  // y [rows, N] = x W^T + b
-  void (*linear)(const RowsJob<S>&, S* y);
-  // grad_x [rows, K] = grad_y W; grad_weight += grad_y^T x; grad_bias += sum of grad_y
-  void (*linear_backward)(const RowsJob<S>&, const S* grad_y, S* grad_x, S* grad_weight,
-                          S* grad_bias);
-  // Overwrites logits [rows, N] with scale * (softmax - one-hot), rows of zeros where target is
-  // ignore; returns the sum of the cross entropies, not scaled.
-  double (*cross_entropy)(Index rows, Index N, S* logits, const std::int64_t* target,
+  Index (*packed)(Index K, Index N);
+  void (*pack)(Index K, Index N, const S* weight, const S* bias, S* packed);
+  void (*unpack)(Index K, Index N, const S* packed, S* weight, S* bias);
+  Index (*columns)(Index K, Index N);
+  void (*pack_columns)(Index K, Index N, const S* weight, S* columns);
+  Index (*sums)(Index N, Index stride);
+  Index (*panels)(Index N);
+
+  // sums of rows [row, row + n) from x [n, K]
+  void (*multiply)(Index K, Index N, Index row, Index n, Index stride, const S* x, const S* packed,
+                   S* sums);
+  // Rows [row, row + n) of the sums to y, whose rows are `step` apart, and back with zeros in the
+  // lanes behind N.
+  void (*read)(Index N, Index row, Index n, Index stride, const S* sums, S* y, Index step);
+  void (*write)(Index N, Index row, Index n, Index stride, const S* y, Index step, S* sums);
+  // grad_x [n, K] of rows [row, row + n); scratch has room for n * 4 packets.
+  void (*grad_x)(Index K, Index N, Index row, Index n, Index stride, const S* sums,
+                 const S* columns, S* scratch, S* grad_x);
+  // Panels [begin, end) of the gradient of weight and bias, from rows [0, n), x [n, K].
+  void (*add_gradient)(Index K, Index N, Index n, Index stride, const S* x, const S* sums,
+                       Index begin, Index end, S* gradient);
+  Index lanes;
+
+  // y [n, N] without packing, for very few rows.
+  void (*multiply_directly)(Index K, Index N, Index n, const S* x, const S* weight, const S* bias,
+                            S* y);
+  // Overwrites logits [rows, N], rows `step` apart and all aligned alike, with scale * (softmax -
+  // one-hot), rows of zeros where target is ignore; returns the sum of the cross entropies, not
+  // scaled.
+  double (*cross_entropy)(Index rows, Index N, S* logits, Index step, const std::int64_t* target,
                           std::int64_t ignore, double scale);
 };
 

@@ -10,9 +10,6 @@
 namespace fastbptt {
 namespace FASTBPTT_ISA {
 
-// Bytes of a panel that stay in L1 while tile after tile of rows goes by.
-constexpr Index panel_bytes = 24 * 1024;
-
 template <class S, class Cell>
 class ForwardLayer {
   static constexpr Index p = lanes<S>;

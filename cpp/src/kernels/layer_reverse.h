@@ -177,13 +177,11 @@ class ReverseLayer {
     return u;
   }
 
-  // What dL/dh starts from: the error of the step itself and what comes back past the weights.
-  void start_h(S* sums, Index Q, Index panel, const S* grad_y, const S* carry) const {
+  // What comes back past the weights, or zero.
+  void start_h(S* sums, Index Q, Index panel, const S* carry) const {
     for (Index q = 0; q < Q; ++q) {
-      const Index first = (panel * 4 + q) * p, n = panels_.units(first);
-      Packet<S> sum = grad_y ? load(grad_y + first, n) : constant<S>(0);
-      if (carry) sum = padd(sum, load(carry + first, n));
-      store(sums + q * p, sum);
+      const Index first = (panel * 4 + q) * p;
+      store(sums + q * p, carry ? load(carry + first, panels_.units(first)) : constant<S>(0));
     }
   }
 
@@ -195,15 +193,17 @@ class ReverseLayer {
         [&](S* sums, Index R, Index b, Index Q, Index panel) {
           for (Index r = 0; r < R; ++r) {
             start_h(sums + r * 4 * p, Q, panel,
-                    job_.grad_y.data ? job_.grad_y.at(t, b + r) : nullptr,
                     last || Cell::carries_h ? job_.grad_state.h + (b + r) * H : nullptr);
           }
         },
         [&](const S* sums, Index R, Index b, Index Q, Index panel) {
           for (Index r = 0; r < R; ++r) {
+            const S* const grad_y = job_.grad_y.data ? job_.grad_y.at(t, b + r) : nullptr;
             for (Index q = 0; q < Q; ++q) {
-              const Packet<S> grad_h = load(sums + (r * 4 + q) * p);
               const ReverseUnit<S> u = unit(t, b + r, panel * 4 + q);
+              // The step's own error comes last, as it does where time is cut before the step.
+              Packet<S> grad_h = load(sums + (r * 4 + q) * p);
+              if (grad_y) grad_h = padd(grad_h, load(grad_y + (panel * 4 + q) * p, u.n));
               if constexpr (Cell::two_phases) {
                 Cell::backward_candidate(grad_h, u,
                                          resets_ + (t * B + b + r) * H + (panel * 4 + q) * p);
@@ -237,7 +237,7 @@ class ReverseLayer {
         h_range<Cell>, true, 0, job_.batch, job_.packed, H,
         [&](S* sums, Index R, Index b, Index Q, Index panel) {
           for (Index r = 0; r < R; ++r) {
-            start_h(sums + r * 4 * p, Q, panel, nullptr,
+            start_h(sums + r * 4 * p, Q, panel,
                     Cell::carries_h ? job_.grad_state.h + (b + r) * H : nullptr);
           }
         },

@@ -16,6 +16,9 @@
 namespace fastbptt {
 namespace FASTBPTT_ISA {
 
+// Bytes of a panel that stay in L1 while tile after tile of rows goes by.
+constexpr Index panel_bytes = 24 * 1024;
+
 // A run of a panel's packets: those of the input product, of the recurrent product, or of a part of
 // it.
 struct Range {
@@ -126,6 +129,18 @@ struct Panels {
       for (Index lane = 0; lane < valid; ++lane)
         for (Index k = 0; k < columns; ++k)
           rows[lane * columns + k] += panel[(k * n + q) * p + lane];
+    }
+  }
+
+  // Writes them there.
+  void unpack(const S* panel, Index columns, Index j, Range range, S* weight) const {
+    const Index n = packets(j, range);
+    for (Index q = 0; q < n; ++q) {
+      const Index valid = units(unit(j, range.first + q));
+      S* rows = weight + weight_row(j, range.first + q) * columns;
+      for (Index lane = 0; lane < valid; ++lane)
+        for (Index k = 0; k < columns; ++k)
+          rows[lane * columns + k] = panel[(k * n + q) * p + lane];
     }
   }
 

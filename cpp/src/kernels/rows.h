@@ -1,63 +1,187 @@
-// Linear readout and softmax cross entropy over a block of rows.
+// Linear readout and softmax cross entropy over rows, on the register tiles of the recurrent
+// layers. Each row's results, and each gradient's sum from the last row to the first, are the same
+// however the rows are cut.
 #pragma once
-#include <Eigen/Core>
 #include <cmath>
 
-#include "kernels/kernel_table.h"
+#include "kernels/direct_product.h"
+#include "kernels/micro_kernel.h"
+#include "kernels/panels.h"
 
 namespace fastbptt {
 namespace FASTBPTT_ISA {
 
-template <class S>
-using Matrix = Eigen::Matrix<S, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
-template <class S>
-using Rows = Eigen::Map<const Matrix<S>, 0, Eigen::OuterStride<>>;
-template <class S>
-using MutableRows = Eigen::Map<Matrix<S>, 0, Eigen::OuterStride<>>;
-template <class S>
-using Row = Eigen::Map<const Eigen::Array<S, 1, Eigen::Dynamic>>;
-template <class S>
-using MutableRow = Eigen::Map<Eigen::Array<S, 1, Eigen::Dynamic>>;
+// The part of a cell that Panels looks at: N outputs in panels of four packets, from K inputs.
+struct ReadoutCell {
+  static constexpr bool wide = true;
+  static constexpr bool two_phases = false;
+  static constexpr int packets = 4;
+  static constexpr int x_first = 0, x_count = 4, h_first = 0, h_count = 0;
+  static constexpr int gate[] = {0, 0, 0, 0};
+};
 
 template <class S>
-Rows<S> rows(const S* data, Index n, Index columns, Index stride) {
-  return Rows<S>(data, n, columns, Eigen::OuterStride<>(stride));
-}
-template <class S>
-MutableRows<S> mutable_rows(S* data, Index n, Index columns, Index stride) {
-  return MutableRows<S>(data, n, columns, Eigen::OuterStride<>(stride));
-}
+class Rows {
+  static constexpr Index p = lanes<S>;
+  static constexpr Index width = 4 * p;
+  static constexpr Range all{0, 4};
+  using P = Panels<S, ReadoutCell>;
+
+ public:
+  Rows(Index K, Index N) : panels_(LayerShape{Cell::rnn_tanh, K, N}) {}
+
+  Index packed() const { return panels_.size(); }
+  void pack(const S* weight, const S* bias, S* packed) const {
+    for (Index j = 0; j < panels_.count(); ++j) {
+      S* const start = panels_.bias(packed, j);
+      for (Index i = 0; i < width; ++i) start[i] = S(0);
+      for (Index q = 0; q < panels_.packets(j); ++q) panels_.add_bias(bias, j, q, start);
+      panels_.pack(weight, panels_.I, j, all, panels_.x(packed, j));
+    }
+  }
+  void unpack(const S* packed, S* weight, S* bias) const {
+    for (Index j = 0; j < panels_.count(); ++j) {
+      panels_.unpack(panels_.x(packed, j), panels_.I, j, all, weight);
+      for (Index i = 0; bias && i < width && j * width + i < panels_.H; ++i) {
+        bias[j * width + i] = panels_.bias(packed, j)[i];
+      }
+    }
+  }
+  Index columns() const { return panels_.reverse_size(panels_.I, all); }
+  void pack_columns(const S* weight, S* to) const {
+    panels_.pack_reverse(weight, panels_.I, all, to);
+  }
+  Index sums(Index stride) const { return panels_.count() * stride * width; }
+  Index panels() const { return panels_.count(); }
+
+  void multiply(Index row, Index n, Index stride, const S* x, const S* packed, S* sums) const {
+    for (Index j = 0; j < panels_.count(); ++j) {
+      S* const to = sums + (j * stride + row) * width;
+      const Index Q = panels_.packets(j);
+      const S* const bias = panels_.bias(packed, j);
+      for (Index r = 0; r < n; ++r)
+        for (Index q = 0; q < Q; ++q) store(to + r * width + q * p, load(bias + q * p));
+      for_row_tiles(n, Q, [&](Index R, Index at) {
+        RowsProduct<S> product{to + at * width, width, {}, 0, 1, panels_.I, panels_.x(packed, j)};
+        for (Index r = 0; r < R; ++r) product.a[r] = x + (at + r) * panels_.I;
+        multiply_rows(R, Q, false, product);
+      });
+    }
+  }
+
+  // Calls body(values of a row, the panel's part of them, how many) for rows and panels.
+  template <class T, class U, class F>
+  void for_parts(Index row, Index n, Index stride, T* sums, U* y, Index step, F&& body) const {
+    const Index N = panels_.H;
+    for (Index r = 0; r < n; ++r) {
+      for (Index j = 0; j < panels_.count(); ++j) {
+        const Index valid = N - j * width < width ? N - j * width : width;
+        body(y + r * step + j * width, sums + (j * stride + row + r) * width, valid);
+      }
+    }
+  }
+  void read(Index row, Index n, Index stride, const S* sums, S* y, Index step) const {
+    for_parts(row, n, stride, sums, y, step, [](S* to, const S* from, Index valid) {
+      for (Index i = 0; i < valid; ++i) to[i] = from[i];
+    });
+  }
+  void write(Index row, Index n, Index stride, const S* y, Index step, S* sums) const {
+    for_parts(row, n, stride, sums, y, step, [](const S* from, S* to, Index valid) {
+      for (Index i = 0; i < valid; ++i) to[i] = from[i];
+      for (Index i = valid; i < width; ++i) to[i] = S(0);
+    });
+  }
+
+  void grad_x(Index row, Index n, Index stride, const S* sums, const S* columns, S* scratch,
+              S* to) const {
+    const Index K = panels_.I, J = panels_.count();
+    for (Index panel = 0; panel < P::reverse_panels(K); ++panel) {
+      const Index Q = P::reverse_packets(K, panel);
+      const S* const weights = panels_.reverse_panel(columns, all, panel);
+      for (Index i = 0; i < n * 4; ++i) store(scratch + i * p, constant<S>(0));
+      for_row_tiles(n, Q, [&](Index R, Index at) {
+        // The last panel may be shorter.
+        const Index even = J - 1;
+        RowsProduct<S> product{
+            scratch + at * width, width, {}, stride * width, even, width, weights};
+        for (Index r = 0; r < R; ++r) product.a[r] = sums + (row + at + r) * width;
+        if (even > 0) multiply_rows(R, Q, false, product);
+        for (Index r = 0; r < R; ++r) product.a[r] = sums + (even * stride + row + at + r) * width;
+        product.blocks = 1;
+        product.K = panels_.packets(even) * p;
+        product.panel = weights + even * width * Q * p;
+        multiply_rows(R, Q, false, product);
+      });
+      for (Index r = 0; r < n; ++r) {
+        for (Index q = 0; q < Q; ++q) {
+          const Index first = (panel * 4 + q) * p;
+          store(to + r * K + first, load(scratch + r * width + q * p), P::valid(K, first));
+        }
+      }
+    }
+  }
+
+  void add_gradient(Index n, Index stride, const S* x, const S* sums, Index begin, Index end,
+                    S* gradient) const {
+    const Index K = panels_.I;
+    // Few enough rows at a time that their gradients stay in L1 for all columns.
+    constexpr Index most = panel_bytes / (Index(sizeof(S)) * width);
+    for (Index j = begin; j < end; ++j) {
+      const Index Q = panels_.packets(j);
+      S* const bias = panels_.bias(gradient, j);
+      for (Index last = n; last > 0; last -= most) {
+        const Index first = last > most ? last - most : 0;
+        const S* const from = sums + j * stride * width;
+        for (Index q = 0; q < Q; ++q) {
+          Packet<S> sum = load(bias + q * p);
+          for (Index r = last - 1; r >= first; --r) {
+            sum = padd(sum, load(from + r * width + q * p));
+          }
+          store(bias + q * p, sum);
+        }
+        ColumnsProduct<S> product{};
+        product.a_row = -K;
+        product.runs = 1;
+        product.K = last - first;
+        product.panel = from + (last - 1) * width;
+        product.panel_row = -width;
+        for_row_tiles(K, Q, [&](Index R, Index i) {
+          product.sums = panels_.x(gradient, j) + i * Q * p;
+          product.a = x + (last - 1) * K + i;
+          multiply_columns(R, Q, product);
+        });
+        if (first == 0) break;
+      }
+    }
+  }
+
+ private:
+  const P panels_;
+};
 
 template <class S>
-void linear(const RowsJob<S>& job, S* y) {
-  auto out = mutable_rows(y, job.rows, job.N, job.N);
-  out.noalias() =
-      rows(job.x, job.rows, job.K, job.K) * rows(job.weight, job.N, job.K, job.K).transpose();
-  if (job.bias) out.rowwise() += Row<S>(job.bias, job.N).matrix();
+void multiply_directly(Index K, Index N, Index n, const S* x, const S* weight, const S* bias,
+                       S* y) {
+  constexpr Index p = lanes<S>;
+  for (Index r = 0; r < n; ++r) {
+    for (Index first = 0; first < N; first += p) {
+      const Index valid = N - first < p ? N - first : p;
+      const Packet<S> sum = dots(weight + first * K, valid, x + r * K, K);
+      store(y + r * N + first, bias ? padd(sum, load(bias + first, valid)) : sum, valid);
+    }
+  }
 }
 
-template <class S>
-void linear_backward(const RowsJob<S>& job, const S* grad_y, S* grad_x, S* grad_weight,
-                     S* grad_bias) {
-  const Rows<S> grad = rows(grad_y, job.rows, job.N, job.N);
-  mutable_rows(grad_x, job.rows, job.K, job.K).noalias() =
-      grad * rows(job.weight, job.N, job.K, job.K);
-  mutable_rows(grad_weight, job.N, job.K, job.K).noalias() +=
-      grad.transpose() * rows(job.x, job.rows, job.K, job.K);
-  if (!grad_bias) return;
-  // Row by row: Eigen's sum of columns goes by the alignment of its result.
-  MutableRow<S> sum(grad_bias, job.N);
-  for (Index r = 0; r < job.rows; ++r) sum += Row<S>(grad_y + r * job.N, job.N);
-}
-
+// Eigen's sums go by the alignment of a row, so that is the same for all.
+//
 // -log softmax(l)[k] = log(sum of exp(l - m)) + m - l[k], with m the largest, so that exp is at
 // most 1.
 template <class S>
-double cross_entropy(Index n, Index N, S* logits, const std::int64_t* target, std::int64_t ignore,
-                     double scale) {
+double cross_entropy(Index n, Index N, S* logits, Index step, const std::int64_t* target,
+                     std::int64_t ignore, double scale) {
   double sum = 0;
   for (Index r = 0; r < n; ++r) {
-    MutableRow<S> row(logits + r * N, N);
+    Eigen::Map<Eigen::Array<S, 1, Eigen::Dynamic>> row(logits + r * step, N);
     if (target[r] == ignore) {
       row.setZero();
       continue;
@@ -75,7 +199,37 @@ double cross_entropy(Index n, Index N, S* logits, const std::int64_t* target, st
 
 template <class S>
 constexpr RowsKernels<S> rows_kernels() {
-  return {&linear<S>, &linear_backward<S>, &cross_entropy<S>};
+  return {
+      [](Index K, Index N) { return Rows<S>(K, N).packed(); },
+      [](Index K, Index N, const S* weight, const S* bias, S* packed) {
+        Rows<S>(K, N).pack(weight, bias, packed);
+      },
+      [](Index K, Index N, const S* packed, S* weight, S* bias) {
+        Rows<S>(K, N).unpack(packed, weight, bias);
+      },
+      [](Index K, Index N) { return Rows<S>(K, N).columns(); },
+      [](Index K, Index N, const S* weight, S* columns) {
+        Rows<S>(K, N).pack_columns(weight, columns);
+      },
+      [](Index N, Index stride) { return Rows<S>(1, N).sums(stride); },
+      [](Index N) { return Rows<S>(1, N).panels(); },
+      [](Index K, Index N, Index row, Index n, Index stride, const S* x, const S* packed, S* sums) {
+        Rows<S>(K, N).multiply(row, n, stride, x, packed, sums);
+      },
+      [](Index N, Index row, Index n, Index stride, const S* sums, S* y, Index step) {
+        Rows<S>(1, N).read(row, n, stride, sums, y, step);
+      },
+      [](Index N, Index row, Index n, Index stride, const S* y, Index step, S* sums) {
+        Rows<S>(1, N).write(row, n, stride, y, step, sums);
+      },
+      [](Index K, Index N, Index row, Index n, Index stride, const S* sums, const S* columns,
+         S* scratch, S* to) { Rows<S>(K, N).grad_x(row, n, stride, sums, columns, scratch, to); },
+      [](Index K, Index N, Index n, Index stride, const S* x, const S* sums, Index begin, Index end,
+         S* gradient) { Rows<S>(K, N).add_gradient(n, stride, x, sums, begin, end, gradient); },
+      lanes<S>,
+      &multiply_directly<S>,
+      &cross_entropy<S>,
+  };
 }
 
 }  // namespace FASTBPTT_ISA

@@ -1,6 +1,7 @@
 #include "fastbptt/buffer.h"
 
 #include <array>
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <mutex>
@@ -63,19 +64,13 @@ void* from_system(std::size_t bytes) {
 // pages to make huge ones. While they lie here the system may take their pages (MADV_FREE).
 class FreeBlocks {
  public:
-  // A block of exactly this size; or null, and then the others go too: who asks for another size is
-  // likely not to want them again.
+  // A block of exactly this size, or null.
   void* take(std::size_t bytes) noexcept {
-    std::array<Block, 4> unwanted;
-    {
-      const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
-      if (!lock) return nullptr;
-      for (Block& block : blocks_) {
-        if (block.bytes == bytes) return std::exchange(block, Block{}).data;
-      }
-      unwanted = std::exchange(blocks_, {});
+    const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (!lock) return nullptr;
+    for (Block& block : blocks_) {
+      if (block.bytes == bytes) return std::exchange(block, Block{}).data;
     }
-    for (const Block& block : unwanted) std::free(block.data);
     return nullptr;
   }
   // Keeps it, and frees the one that has been here longest.
@@ -98,7 +93,7 @@ class FreeBlocks {
     std::size_t bytes = 0;
   };
   std::mutex mutex_;
-  std::array<Block, 4> blocks_;
+  std::array<Block, 4> blocks_;  // a step's tape, and the packed weights forward and back
   std::size_t oldest_ = 0;
 };
 
@@ -114,20 +109,38 @@ struct FreeBlocks {
 FreeBlocks free_blocks() { return {}; }
 #endif
 
+std::atomic<std::size_t> live{0};
+std::atomic<std::size_t> most_live{0};
+
+void count(std::size_t bytes) {
+  const std::size_t now = live.fetch_add(bytes, std::memory_order_relaxed) + bytes;
+  std::size_t most = most_live.load(std::memory_order_relaxed);
+  while (now > most && !most_live.compare_exchange_weak(most, now, std::memory_order_relaxed)) {
+  }
+}
+
 }  // namespace
 
 void* allocate_aligned(std::size_t bytes) {
   bytes = rounded(bytes);
-  if (bytes >= huge_from) {
-    if (void* data = free_blocks().take(bytes)) return data;
-  }
-  return from_system(bytes);
+  void* data = bytes >= huge_from ? free_blocks().take(bytes) : nullptr;
+  if (!data) data = from_system(bytes);
+  count(bytes);
+  return data;
 }
 
 void free_aligned(void* data, std::size_t bytes) noexcept {
+  if (!data) return;
   bytes = rounded(bytes);
-  if (data && bytes >= huge_from) return free_blocks().put(data, bytes);
+  live.fetch_sub(bytes, std::memory_order_relaxed);
+  if (bytes >= huge_from) return free_blocks().put(data, bytes);
   std::free(data);
+}
+
+Allocated allocated(bool reset) {
+  const Allocated result{live.load(), most_live.load()};
+  if (reset) most_live = result.now;
+  return result;
 }
 
 }  // namespace fastbptt

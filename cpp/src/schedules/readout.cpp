@@ -13,88 +13,120 @@
 namespace fastbptt {
 namespace {
 
-// A block's logits stay in the cache between the product, the loss and the products back.
-constexpr Index block_rows = 128;
+// Values of dL/dy that exist at a time, and the rows that they are cut into for the cache.
+constexpr Index block_values = Index(1) << 16;
+constexpr Index fewest_rows = 128;
+constexpr Index slice_rows = 64;
 
-// Consecutive blocks of rows, shared out to threads. Which rows a part has depends on the number of
-// threads alone, so the same call gives the same bits.
-struct Split {
-  Index rows;
-  int parts;
-  Index begin(int p) const {
-    const Index blocks = (rows + block_rows - 1) / block_rows;
-    return std::min(rows, blocks * p / parts * block_rows);
-  }
-};
+// Rows up to which packing the weights costs more than it saves.
+constexpr Index direct_rows = 4;
 
-Split split_rows(Index rows, double flops) {
-  const double blocks = std::max<double>(1, (rows + block_rows - 1) / block_rows);
-  const double worth = std::max(1.0, flops / flops_a_thread);
-  return {rows, static_cast<int>(std::min({worth, blocks, double(get_num_threads())}))};
-}
-
+// A readout over rows, block by block from the last to the first: the rows of a block are shared
+// out to the threads, then the panels of the weight gradient. So neither the number of threads nor
+// where the rows were cut changes a bit of any gradient. What was in the gradients is the start of
+// the sums.
 template <class S>
-RowsJob<S> rows_of(const Linear<S>& layer, Index row, Index n) {
-  return {n, layer.K, layer.N, layer.x + row * layer.K, layer.weight, layer.bias};
-}
-
-// Calls body(part, row, n) for every block; parts run beside each other.
-template <class F>
-void for_blocks(const Split& split, StopFlag& stop, F&& body) {
-  run_parts(split.parts, [&](int p) {
-    const Index end = split.begin(p + 1);
-    for (Index row = split.begin(p); row < end && !stop.asked(); row += block_rows) {
-      body(p, row, std::min(block_rows, end - row));
-    }
-  });
-  stop.raise();
-}
-
-// Weight gradients of a linear layer, one set a part, added up in order at the end. The first part
-// adds to the result itself.
-template <class S>
-class PartGrads {
+class Blocks {
  public:
-  PartGrads(int parts, Index weight, Index bias, S* grad_weight, S* grad_bias)
-      : weight_(weight),
-        bias_(grad_bias ? bias : 0),
-        parts_(parts),
-        grad_weight_(grad_weight),
-        grad_bias_(grad_bias),
-        rest_(grad_weight ? (parts - 1) * (weight_ + bias_) : 0) {
-    std::fill(rest_.data(), rest_.data() + rest_.size(), S(0));
+  Blocks(const Linear<S>& layer, double flops, bool gradient)
+      : layer_(layer),
+        block_(block_of(layer.rows, layer.N)),
+        parts_(static_cast<int>(std::min(
+            {std::max(1.0, flops / flops_a_thread), double(get_num_threads()), double(block_)}))) {
+    const Index K = layer.K, N = layer.N;
+    values_ = Buffer<S>(parts_ * slice_rows * step());
+    if (!layer.weight) return;
+    sums_ = Buffer<S>(kernel_.sums(N, block_));
+    packed_ = Buffer<S>(kernel_.packed(K, N));
+    kernel_.pack(K, N, layer.weight, layer.bias, packed_.data());
+    if (!gradient) return;
+    scratch_ = Buffer<S>(parts_ * scratch_size());
+    columns_ = Buffer<S>(kernel_.columns(K, N));
+    kernel_.pack_columns(K, N, layer.weight, columns_.data());
   }
-  S* weight(int p) const { return p == 0 ? grad_weight_ : at(p); }
-  S* bias(int p) const {
-    if (!grad_bias_) return nullptr;
-    return p == 0 ? grad_bias_ : at(p) + weight_;
+
+  // From one row of a slice's values to the next: each begins a cache line.
+  Index step() const { return row_step(layer_.N); }
+  static Index row_step(Index N) {
+    constexpr Index line = 64 / Index(sizeof(S));
+    return (N + line - 1) / line * line;
   }
-  void add_up() const {
-    if (!grad_weight_) return;
-    for (int p = 1; p < parts_; ++p) {
-      for (Index i = 0; i < weight_; ++i) grad_weight_[i] += at(p)[i];
-      for (Index i = 0; i < bias_; ++i) grad_bias_[i] += at(p)[weight_ + i];
+  static Index block_of(Index rows, Index N) {
+    return std::min(rows, std::max(fewest_rows, block_values / kernels().rows<S>().sums(N, 1)));
+  }
+  static Index scratch_size() { return slice_rows * 4 * kernels().rows<S>().lanes; }
+
+  // Calls slice(part, first row of all, row in the block, rows, room for their values [rows, N]).
+  template <class F, class G>
+  void run(StopFlag& stop, F&& slice, G&& after_block) const {
+    for (Index end = layer_.rows; end > 0 && !stop.is_set();) {
+      const Index begin = std::max<Index>(0, end - block_);
+      const Index n = end - begin;
+      run_parts(parts_, [&](int p) {
+        const Index last = n * (p + 1) / parts_;
+        for (Index row = n * p / parts_; row < last && !stop.asked(); row += slice_rows) {
+          slice(p, begin + row, row, std::min(slice_rows, last - row),
+                values_.data() + p * slice_rows * step());
+        }
+      });
+      if (!stop.is_set()) after_block(begin, n);
+      end = begin;
     }
+    stop.raise();
+  }
+
+  void multiply(Index first, Index row, Index n) const {
+    kernel_.multiply(layer_.K, layer_.N, row, n, block_, layer_.x + first * layer_.K,
+                     packed_.data(), sums_.data());
+  }
+  void read(Index row, Index n, S* y, Index step) const {
+    kernel_.read(layer_.N, row, n, block_, sums_.data(), y, step);
+  }
+  void write(Index row, Index n, const S* y, Index step) const {
+    kernel_.write(layer_.N, row, n, block_, y, step, sums_.data());
+  }
+  void grad_x(int part, Index row, Index n, S* to) const {
+    kernel_.grad_x(layer_.K, layer_.N, row, n, block_, sums_.data(), columns_.data(),
+                   scratch_.data() + part * scratch_size(), to);
+  }
+
+  // The gradient so far, in panels.
+  Buffer<S> gradient(const S* weight, const S* bias) const {
+    Buffer<S> panels(kernel_.packed(layer_.K, layer_.N));
+    kernel_.pack(layer_.K, layer_.N, weight, bias, panels.data());
+    return panels;
+  }
+  void add_gradient(Index begin, Index n, S* panels) const {
+    const Index J = kernel_.panels(layer_.N);
+    const int parts = static_cast<int>(std::min<Index>(parts_, J));
+    run_parts(parts, [&](int p) {
+      kernel_.add_gradient(layer_.K, layer_.N, n, block_, layer_.x + begin * layer_.K, sums_.data(),
+                           J * p / parts, J * (p + 1) / parts, panels);
+    });
+  }
+  void unpack(const Buffer<S>& panels, S* weight, S* bias) const {
+    kernel_.unpack(layer_.K, layer_.N, panels.data(), weight, bias);
   }
 
  private:
-  S* at(int p) const { return rest_.data() + (p - 1) * (weight_ + bias_); }
-  Index weight_;
-  Index bias_;
-  int parts_;
-  S* grad_weight_;
-  S* grad_bias_;
-  Buffer<S> rest_;
+  const Linear<S>& layer_;
+  const RowsKernels<S>& kernel_ = kernels().rows<S>();
+  const Index block_;
+  const int parts_;
+  Buffer<S> sums_, values_, scratch_, packed_, columns_;
 };
 
-// Overwrites prediction by the gradient of scale * sum of squares; returns the sum, not scaled.
+// Overwrites rows of predictions by the gradient of scale * sum of squares; returns the sum, not
+// scaled.
 template <class S>
-double squared_error(Index n, S* prediction, const S* target, double scale) {
+double squared_error(Index n, Index N, S* prediction, Index step, const S* target, double scale) {
   double sum = 0;
-  for (Index i = 0; i < n; ++i) {
-    const S difference = prediction[i] - target[i];
-    sum += double(difference) * double(difference);
-    prediction[i] = S(2 * scale) * difference;
+  for (Index r = 0; r < n; ++r, prediction += step, target += N) {
+    for (Index i = 0; i < N; ++i) {
+      const S difference = prediction[i] - target[i];
+      sum += double(difference) * double(difference);
+      prediction[i] = S(2 * scale) * difference;
+    }
   }
   return sum;
 }
@@ -103,67 +135,97 @@ double squared_error(Index n, S* prediction, const S* target, double scale) {
 
 template <class S>
 void linear(const Linear<S>& layer, S* y, Interrupt interrupt) {
+  if (layer.rows <= direct_rows) {
+    return kernels().rows<S>().multiply_directly(layer.K, layer.N, layer.rows, layer.x,
+                                                 layer.weight, layer.bias, y);
+  }
   StopFlag stop(interrupt);
-  const Split split = split_rows(layer.rows, 2.0 * layer.rows * layer.K * layer.N);
-  for_blocks(split, stop, [&](int, Index row, Index n) {
-    kernels().rows<S>().linear(rows_of(layer, row, n), y + row * layer.N);
-  });
+  const Blocks<S> blocks(layer, 2.0 * layer.rows * layer.K * layer.N, false);
+  blocks.run(
+      stop,
+      [&](int, Index first, Index row, Index n, S*) {
+        blocks.multiply(first, row, n);
+        blocks.read(row, n, y + first * layer.N, layer.N);
+      },
+      [](Index, Index) {});
 }
 
 template <class S>
 void linear_backward(const Linear<S>& layer, const S* grad_y, S* grad_x, S* grad_weight,
                      S* grad_bias, Interrupt interrupt) {
   StopFlag stop(interrupt);
-  const Split split = split_rows(layer.rows, 4.0 * layer.rows * layer.K * layer.N);
-  const PartGrads<S> grads(split.parts, layer.N * layer.K, layer.N, grad_weight, grad_bias);
-  for_blocks(split, stop, [&](int p, Index row, Index n) {
-    kernels().rows<S>().linear_backward(rows_of(layer, row, n), grad_y + row * layer.N,
-                                        grad_x + row * layer.K, grads.weight(p), grads.bias(p));
-  });
-  grads.add_up();
+  const Blocks<S> blocks(layer, 4.0 * layer.rows * layer.K * layer.N, true);
+  const Buffer<S> gradient = blocks.gradient(grad_weight, grad_bias);
+  blocks.run(
+      stop,
+      [&](int p, Index first, Index row, Index n, S*) {
+        blocks.write(row, n, grad_y + first * layer.N, layer.N);
+        blocks.grad_x(p, row, n, grad_x + first * layer.K);
+      },
+      [&](Index begin, Index n) { blocks.add_gradient(begin, n, gradient.data()); });
+  blocks.unpack(gradient, grad_weight, grad_bias);
 }
 
 template <class S>
 double readout_loss(const ReadoutLoss<S>& job, Interrupt interrupt) {
   const Linear<S>& readout = job.readout;
-  const RowsKernels<S>& kernel = kernels().rows<S>();
   const Index K = readout.K, N = readout.N;
-  const Split split =
-      split_rows(readout.rows, (readout.weight ? 6.0 * K : 20.0) * readout.rows * N);
-  const Index part_size = block_rows * N;
-  const Buffer<S> predictions(split.parts * part_size);
-  const PartGrads<S> grads(split.parts, N * K, N, job.grad_weight, job.grad_bias);
-  std::vector<double> sums(split.parts, 0.0);
+  const Blocks<S> blocks(readout, (readout.weight ? 6.0 * K : 20.0) * readout.rows * N,
+                         job.grad_x != nullptr);
+  const Index step = blocks.step();
+  const bool weights = readout.weight && job.grad_x;
+  const Buffer<S> gradient =
+      weights ? blocks.gradient(job.grad_weight, job.grad_bias) : Buffer<S>();
+  std::vector<double> sums(get_num_threads(), 0.0);  // of the parts
   StopFlag stop(interrupt);
-  for_blocks(split, stop, [&](int p, Index row, Index n) {
-    S* prediction = predictions.data() + p * part_size;
-    const RowsJob<S> rows = rows_of(readout, row, n);
-    if (readout.weight)
-      kernel.linear(rows, prediction);
-    else
-      std::copy(rows.x, rows.x + n * K, prediction);
-    sums[p] +=
-        job.loss == Loss::cross_entropy
-            ? kernel.cross_entropy(n, N, prediction, job.classes + row, job.ignore_index, job.scale)
-            : squared_error(n * N, prediction, job.values + row * N, job.scale);
-    if (!job.grad_x) return;
-    S* grad_x = job.grad_x + row * K;
-    if (readout.weight) {
-      kernel.linear_backward(rows, prediction, grad_x, grads.weight(p), grads.bias(p));
-    } else {
-      std::copy(prediction, prediction + n * K, grad_x);
-    }
-  });
-  grads.add_up();
+  blocks.run(
+      stop,
+      [&](int p, Index first, Index row, Index n, S* values) {
+        if (readout.weight) {
+          blocks.multiply(first, row, n);
+          blocks.read(row, n, values, step);
+        } else {
+          for (Index r = 0; r < n; ++r) {
+            std::copy_n(readout.x + (first + r) * K, K, values + r * step);
+          }
+        }
+        sums[p] += job.loss == Loss::cross_entropy
+                       ? kernels().rows<S>().cross_entropy(n, N, values, step, job.classes + first,
+                                                           job.ignore_index, job.scale)
+                       : squared_error(n, N, values, step, job.values + first * N, job.scale);
+        if (!job.grad_x) return;
+        if (!readout.weight) {
+          for (Index r = 0; r < n; ++r) {
+            std::copy_n(values + r * step, K, job.grad_x + (first + r) * K);
+          }
+          return;
+        }
+        blocks.write(row, n, values, step);
+        blocks.grad_x(p, row, n, job.grad_x + first * K);
+      },
+      [&](Index begin, Index n) {
+        if (weights) blocks.add_gradient(begin, n, gradient.data());
+      });
+  if (weights) blocks.unpack(gradient, job.grad_weight, job.grad_bias);
   double sum = 0;
   for (double part : sums) sum += part;
   return sum * job.scale;
 }
 
 template <class S>
+Index readout_nbytes(Index K, Index N, Index rows) {
+  const RowsKernels<S>& kernel = kernels().rows<S>();
+  const Index parts = get_num_threads();
+  return Index(sizeof(S)) *
+         (parts * (slice_rows * Blocks<S>::row_step(N) + Blocks<S>::scratch_size()) +
+          kernel.sums(N, Blocks<S>::block_of(rows, N)) + 2 * kernel.packed(K, N) +
+          kernel.columns(K, N));
+}
+
+template <class S>
 void embedding_backward(Index rows, Index E, const std::int64_t* index, const S* grad,
                         S* grad_weight) {
-  for (Index r = 0; r < rows; ++r) {
+  for (Index r = rows - 1; r >= 0; --r) {
     S* row = grad_weight + index[r] * E;
     for (Index e = 0; e < E; ++e) row[e] += grad[r * E + e];
   }
@@ -173,6 +235,7 @@ void embedding_backward(Index rows, Index E, const std::int64_t* index, const S*
   template void linear<S>(const Linear<S>&, S*, Interrupt);                            \
   template void linear_backward<S>(const Linear<S>&, const S*, S*, S*, S*, Interrupt); \
   template double readout_loss<S>(const ReadoutLoss<S>&, Interrupt);                   \
+  template Index readout_nbytes<S>(Index, Index, Index);                               \
   template void embedding_backward<S>(Index, Index, const std::int64_t*, const S*, S*);
 FASTBPTT_INSTANTIATE(float)
 FASTBPTT_INSTANTIATE(double)

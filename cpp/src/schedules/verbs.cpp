@@ -1,10 +1,11 @@
-// The three verbs: a stack of layers walked through time in chunks, shared out to the threads in
-// one of two ways. Rows of the batch: each thread takes its rows through all of time, so there is
-// no barrier; the weight gradients of the threads are added up at the end, always in the same
-// order. Or, where the batch is too small for that, hidden units: the threads do each step
+// The three verbs in a session: a stack of layers walked through time in chunks, shared out to the
+// threads in one of two ways. Rows of the batch: each thread takes its rows through all of time, so
+// there is no barrier; the weight gradients of the threads are added up at the end, always in the
+// same order. Or, where the batch is too small for that, hidden units: the threads do each step
 // together.
 #include <algorithm>
 #include <atomic>
+#include <memory>
 #include <vector>
 
 #include "dispatch/dispatch.h"
@@ -143,6 +144,7 @@ class Arena {
     size_ += (n + line - 1) / line * line;
     return at;
   }
+  Index size() const { return size_; }
   void allocate() { buffer_ = Buffer<S>(size_); }
   S* at(Index offset) const { return buffer_.data() + offset; }
 
@@ -151,158 +153,238 @@ class Arena {
   Buffer<S> buffer_;
 };
 
+// The memory of the forward verbs. Offsets into the arena, by layer or by part.
 template <class S>
-void forward(const Forward<S>& run, S* tape, Interrupt interrupt) {
-  const StackShape& s = run.shape;
-  const Index L = s.num_layers, T = run.T, B = run.B, H = s.hidden_size;
-  copy_state(s, B, run.initial, run.final);
-  if (T == 0) return;
-
-  const LayerKernels<S>& kernel = kernels().layer<S>();
-  const Split split = split_work(s, T, B);
-  const Index steps = chunk_steps(s, split.most_rows(), T);
-  const bool own_y = !tape && L > 1;
-  const bool direct = T * B <= direct_rows;
-
+struct ForwardMemory {
   Arena<S> arena;
-  std::vector<Index> packed(L), scratch(split.parts), middle(split.parts);
-  Index most_scratch = 0;
-  for (Index l = 0; l < L; ++l) {
-    packed[l] = arena.reserve(direct ? 0 : kernel.forward_packed(s.layer(l)));
-    most_scratch = std::max(
-        most_scratch, kernel.forward_scratch(s.layer(l), steps, split.most_rows(), split.team));
-  }
-  const Index y_size = steps * split.most_rows() * H;
-  for (int p = 0; p < split.parts; ++p) {
-    scratch[p] = arena.reserve(most_scratch);
-    if (own_y) middle[p] = arena.reserve(2 * y_size);
-  }
-  arena.allocate();
-  for (Index l = 0; l < L && !direct; ++l) {
-    kernel.forward_pack(s.layer(l), run.weights[l], arena.at(packed[l]));
-  }
+  std::vector<Index> packed;
+  std::vector<Index> scratch;
+  std::vector<Index> middle;  // two runs of y between layers, for advance
+};
 
-  const TapeLayout<S> layout{s, T, B};
-  StopFlag stop(interrupt);
-  run_split(split, [&](int p, const Team& team) {
-    const Index b = split.begin(p), rows = split.rows(p);
-    for (Index t = 0; t < T && !asked_to_stop(stop, team); t += steps) {
-      const Index n = std::min(steps, T - t);
-      Sequence<const S> x = run.x.from(t, b);
-      for (Index l = 0; l < L; ++l) {
-        Sequence<S> y;
-        if (l == L - 1)
-          y = run.y.from(t, b);
-        else if (tape)
-          y = layout.y(tape, l).from(t, b);
-        else
-          y = {arena.at(middle[p]) + (l % 2) * y_size, rows * H, H};
-        kernel.forward({s.layer(l), n, rows, x, y,
-                        tape ? layout.layer(tape, l).from(t, b) : Sequence<S>{},
-                        layer_state(run.final, l, B, H, b), direct ? nullptr : arena.at(packed[l]),
-                        run.weights[l], team, arena.at(scratch[p])});
-        x = {y.data, y.step, y.row};
-      }
-    }
-  });
-  stop.raise();
-}
+// The memory of reverse; scratch by part and layer, with the weight gradients so far.
+template <class S>
+struct ReverseMemory {
+  Arena<S> arena;
+  std::vector<Index> packed;
+  std::vector<Index> scratch;
+  std::vector<Index> middle;  // two runs of dL/dx between layers
+};
 
 }  // namespace
+
+template <class S>
+struct Session<S>::Data {
+  StackShape shape;
+  std::vector<Weights<const S>> weights;
+  Index B;
+  Split split;
+  Index chunk;  // steps of a chunk
+  bool direct;
+  std::unique_ptr<ForwardMemory<S>> forward_memory;
+  std::unique_ptr<ReverseMemory<S>> reverse_memory;
+
+  Data(const StackShape& s, const Weights<const S>* w, Index T, Index rows, Index longest)
+      : shape(s),
+        weights(w, w + s.num_layers),
+        B(rows),
+        split(split_work(s, T, rows)),
+        chunk(chunk_steps(s, split.most_rows(), longest)),
+        direct(T * rows <= direct_rows) {}
+
+  static const LayerKernels<S>& kernel() { return kernels().layer<S>(); }
+  Index between() const { return chunk * split.most_rows() * shape.hidden_size; }
+
+  ForwardMemory<S> lay_out_forward() const {
+    const Index L = shape.num_layers;
+    ForwardMemory<S> memory;
+    Index scratch = 0;
+    for (Index l = 0; l < L; ++l) {
+      const LayerShape layer = shape.layer(l);
+      memory.packed.push_back(memory.arena.reserve(direct ? 0 : kernel().forward_packed(layer)));
+      scratch =
+          std::max(scratch, kernel().forward_scratch(layer, chunk, split.most_rows(), split.team));
+    }
+    for (int p = 0; p < split.parts; ++p) {
+      memory.scratch.push_back(memory.arena.reserve(scratch));
+      memory.middle.push_back(memory.arena.reserve(L > 1 ? 2 * between() : 0));
+    }
+    return memory;
+  }
+
+  ReverseMemory<S> lay_out_reverse() const {
+    const Index L = shape.num_layers;
+    ReverseMemory<S> memory;
+    for (Index l = 0; l < L; ++l) {
+      memory.packed.push_back(memory.arena.reserve(kernel().reverse_packed(shape.layer(l))));
+    }
+    for (int p = 0; p < split.parts; ++p) {
+      for (Index l = 0; l < L; ++l) {
+        memory.scratch.push_back(memory.arena.reserve(
+            kernel().reverse_scratch(shape.layer(l), chunk, split.most_rows(), split.team)));
+      }
+      memory.middle.push_back(memory.arena.reserve(L > 1 ? 2 * between() : 0));
+    }
+    return memory;
+  }
+
+  const ForwardMemory<S>& ready_forward() {
+    if (!forward_memory) {
+      auto memory = std::make_unique<ForwardMemory<S>>(lay_out_forward());
+      memory->arena.allocate();
+      for (Index l = 0; l < shape.num_layers && !direct; ++l) {
+        kernel().forward_pack(shape.layer(l), weights[l], memory->arena.at(memory->packed[l]));
+      }
+      forward_memory = std::move(memory);
+    }
+    return *forward_memory;
+  }
+
+  const ReverseMemory<S>& ready_reverse() {
+    if (!reverse_memory) {
+      auto memory = std::make_unique<ReverseMemory<S>>(lay_out_reverse());
+      memory->arena.allocate();
+      for (Index l = 0; l < shape.num_layers; ++l) {
+        kernel().reverse_pack(shape.layer(l), weights[l], memory->arena.at(memory->packed[l]));
+      }
+      reverse_memory = std::move(memory);
+    }
+    return *reverse_memory;
+  }
+
+  S* scratch_of(const ReverseMemory<S>& memory, int p, Index l) const {
+    return memory.arena.at(memory.scratch[p * shape.num_layers + l]);
+  }
+
+  void forward(const Forward<S>& run, S* tape, Interrupt interrupt) {
+    const Index L = shape.num_layers, n = run.steps, H = shape.hidden_size;
+    copy_state(shape, B, run.initial, run.final);
+    if (n == 0) return;
+    const ForwardMemory<S>& memory = ready_forward();
+    const TapeLayout<S> layout{shape, n, B};
+    StopFlag stop(interrupt);
+    run_split(split, [&](int p, const Team& team) {
+      const Index b = split.begin(p), rows = split.rows(p);
+      for (Index t = 0; t < n && !asked_to_stop(stop, team); t += chunk) {
+        const Index steps = std::min(chunk, n - t);
+        Sequence<const S> x = run.x.from(t, b);
+        for (Index l = 0; l < L; ++l) {
+          Sequence<S> y;
+          if (l == L - 1)
+            y = run.y.from(t, b);
+          else if (tape)
+            y = layout.y(tape, l).from(t, b);
+          else
+            y = {memory.arena.at(memory.middle[p]) + (l % 2) * between(), rows * H, H};
+          kernel().forward({shape.layer(l), steps, rows, x, y,
+                            tape ? layout.layer(tape, l).from(t, b) : Sequence<S>{},
+                            layer_state(run.final, l, B, H, b),
+                            direct ? nullptr : memory.arena.at(memory.packed[l]), weights[l], team,
+                            memory.arena.at(memory.scratch[p])});
+          x = {y.data, y.step, y.row};
+        }
+      }
+    });
+    stop.raise();
+  }
+
+  void reverse(const Forward<S>& run, const Reverse<S>& grad, Interrupt interrupt) {
+    const Index L = shape.num_layers, H = shape.hidden_size;
+    copy_state(shape, B, grad.grad_final, grad.grad_initial);
+    if (run.steps == 0) return;
+    const bool fresh = !reverse_memory;
+    const ReverseMemory<S>& memory = ready_reverse();
+    const TapeLayout<const S> layout{shape, run.steps, B};
+    StopFlag stop(interrupt);
+    run_split(split, [&](int p, const Team& team) {
+      const Index b = split.begin(p), rows = split.rows(p);
+      for (Index l = 0; l < L && fresh && team.rank == 0; ++l) {
+        kernel().reverse_begin(shape.layer(l), scratch_of(memory, p, l));
+      }
+      for (Index end = run.steps; end > 0 && !asked_to_stop(stop, team);) {
+        const Index t = (end - 1) / chunk * chunk;
+        Sequence<const S> grad_y = grad.grad_y.from(t, b);
+        for (Index l = L - 1; l >= 0; --l) {
+          const auto y_of = [&](Index k) {
+            return k == L - 1 ? Sequence<const S>{run.y.data, run.y.step, run.y.row}
+                              : layout.y(grad.tape, k);
+          };
+          Sequence<S> grad_x = grad.grad_x.from(t, b);
+          if (l > 0) {
+            grad_x = {memory.arena.at(memory.middle[p]) + (l % 2) * between(), rows * H, H};
+          }
+          ReverseJob<S> job{};
+          job.shape = shape.layer(l);
+          job.steps = end - t;
+          job.batch = rows;
+          job.first = t == 0;
+          job.initial = layer_state(run.initial, l, B, H, b);
+          job.x = l == 0 ? run.x.from(t, b) : y_of(l - 1).from(t, b);
+          job.y = y_of(l).from(t, b);
+          job.tape = layout.layer(grad.tape, l).from(t, b);
+          job.grad_y = grad_y;
+          job.grad_x = grad_x;
+          job.grad_state = layer_state(grad.grad_initial, l, B, H, b);
+          job.packed = memory.arena.at(memory.packed[l]);
+          job.team = team;
+          job.scratch = scratch_of(memory, p, l);
+          job.weights = !(grad.frozen && grad.frozen[l]);
+          kernel().reverse(job);
+          grad_y = {grad_x.data, grad_x.step, grad_x.row};
+        }
+        end = t;
+      }
+    });
+    stop.raise();
+  }
+};
+
+template <class S>
+Session<S>::Session(const StackShape& shape, const Weights<const S>* weights, Index T, Index B,
+                    Index longest)
+    : data_(std::make_unique<Data>(shape, weights, T, B, longest)) {}
+
+template <class S>
+Session<S>::~Session() = default;
+
+template <class S>
+void Session<S>::advance(const Forward<S>& run, Interrupt interrupt) {
+  data_->forward(run, nullptr, interrupt);
+}
+
+template <class S>
+void Session<S>::record(const Forward<S>& run, S* tape, Interrupt interrupt) {
+  data_->forward(run, tape, interrupt);
+}
+
+template <class S>
+void Session<S>::reverse(const Forward<S>& run, const Reverse<S>& grad, Interrupt interrupt) {
+  data_->reverse(run, grad, interrupt);
+}
+
+template <class S>
+void Session<S>::finish(const Weights<S>* grad_weights) {
+  const Data& data = *data_;
+  if (!data.reverse_memory) return;
+  for (Index l = 0; l < data.shape.num_layers; ++l) {
+    for (int p = 0; p < data.split.parts && grad_weights[l].w_ih; ++p) {
+      data.kernel().reverse_finish(data.shape.layer(l), data.scratch_of(*data.reverse_memory, p, l),
+                                   grad_weights[l]);
+    }
+  }
+}
+
+template <class S>
+Index Session<S>::nbytes() const {
+  return (data_->lay_out_forward().arena.size() + data_->lay_out_reverse().arena.size()) *
+         Index(sizeof(S));
+}
 
 Index tape_size(const StackShape& shape, Index T, Index B) {
   return TapeLayout<float>{shape, T, B}.size();
 }
 
-template <class S>
-void advance(const Forward<S>& run, Interrupt interrupt) {
-  forward<S>(run, nullptr, interrupt);
-}
-
-template <class S>
-void record(const Forward<S>& run, S* tape, Interrupt interrupt) {
-  forward(run, tape, interrupt);
-}
-
-template <class S>
-void reverse(const Forward<S>& run, const Reverse<S>& grad, Interrupt interrupt) {
-  const StackShape& s = run.shape;
-  const Index L = s.num_layers, T = run.T, B = run.B, H = s.hidden_size;
-  copy_state(s, B, grad.grad_final, grad.grad_initial);
-  if (T == 0) return;
-
-  const LayerKernels<S>& kernel = kernels().layer<S>();
-  const Split split = split_work(s, T, B);
-  const Index steps = chunk_steps(s, split.most_rows(), T);
-
-  Arena<S> arena;
-  std::vector<Index> packed(L), scratch(split.parts * L), middle(split.parts);
-  for (Index l = 0; l < L; ++l) packed[l] = arena.reserve(kernel.reverse_packed(s.layer(l)));
-  const Index x_size = steps * split.most_rows() * H;
-  for (int p = 0; p < split.parts; ++p) {
-    for (Index l = 0; l < L; ++l) {
-      scratch[p * L + l] =
-          arena.reserve(kernel.reverse_scratch(s.layer(l), steps, split.most_rows(), split.team));
-    }
-    middle[p] = arena.reserve(L > 1 ? 2 * x_size : 0);
-  }
-  arena.allocate();
-  for (Index l = 0; l < L; ++l) {
-    kernel.reverse_pack(s.layer(l), run.weights[l], arena.at(packed[l]));
-  }
-
-  const TapeLayout<const S> layout{s, T, B};
-  StopFlag stop(interrupt);
-  run_split(split, [&](int p, const Team& team) {
-    const Index b = split.begin(p), rows = split.rows(p);
-    for (Index l = 0; l < L && team.rank == 0; ++l) {
-      kernel.reverse_begin(s.layer(l), arena.at(scratch[p * L + l]));
-    }
-    for (Index end = T; end > 0 && !asked_to_stop(stop, team);) {
-      const Index t = (end - 1) / steps * steps;
-      Sequence<const S> grad_y = grad.grad_y.from(t, b);
-      for (Index l = L - 1; l >= 0; --l) {
-        const auto y_of = [&](Index k) {
-          return k == L - 1 ? Sequence<const S>{run.y.data, run.y.step, run.y.row}
-                            : layout.y(grad.tape, k);
-        };
-        Sequence<S> grad_x = grad.grad_x.from(t, b);
-        if (l > 0) grad_x = {arena.at(middle[p]) + (l % 2) * x_size, rows * H, H};
-        ReverseJob<S> job{};
-        job.shape = s.layer(l);
-        job.steps = end - t;
-        job.batch = rows;
-        job.first = t == 0;
-        job.initial = layer_state(run.initial, l, B, H, b);
-        job.x = l == 0 ? run.x.from(t, b) : y_of(l - 1).from(t, b);
-        job.y = y_of(l).from(t, b);
-        job.tape = layout.layer(grad.tape, l).from(t, b);
-        job.grad_y = grad_y;
-        job.grad_x = grad_x;
-        job.grad_state = layer_state(grad.grad_initial, l, B, H, b);
-        job.packed = arena.at(packed[l]);
-        job.team = team;
-        job.scratch = arena.at(scratch[p * L + l]);
-        job.weights = grad.grad_weights[l].w_ih != nullptr;
-        kernel.reverse(job);
-        grad_y = {grad_x.data, grad_x.step, grad_x.row};
-      }
-      end = t;
-    }
-  });
-  stop.raise();
-  for (Index l = 0; l < L; ++l) {
-    for (int p = 0; p < split.parts && grad.grad_weights[l].w_ih; ++p) {
-      kernel.reverse_finish(s.layer(l), arena.at(scratch[p * L + l]), grad.grad_weights[l]);
-    }
-  }
-}
-
-#define FASTBPTT_INSTANTIATE(S)                              \
-  template void advance<S>(const Forward<S>&, Interrupt);    \
-  template void record<S>(const Forward<S>&, S*, Interrupt); \
-  template void reverse<S>(const Forward<S>&, const Reverse<S>&, Interrupt);
-FASTBPTT_INSTANTIATE(float)
-FASTBPTT_INSTANTIATE(double)
+template class Session<float>;
+template class Session<double>;
 
 }  // namespace fastbptt

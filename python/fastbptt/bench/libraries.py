@@ -21,6 +21,9 @@ _STEPS = {
 LIBRARIES = tuple(_STEPS)
 # In norm, relative to the result in float64.
 TOLERANCES = {"float32": 1e-3, "float64": 1e-8}
+# At the kink of the relu a rounding error decides whether the error of that one unit and step
+# passes; a thousand units lose 2e-3 of their gradient by one of them.
+_KINK = 10
 
 
 class WrongResultError(Exception):
@@ -49,14 +52,12 @@ def exact(problem: Problem, threads: int) -> list[Array]:
     return make_step("fastbptt", problem, "float64", threads).run()
 
 
-def check_same(library: str, got: list[Array], wanted: list[Array], dtype: str) -> None:
-    """Raise `WrongResultError` unless each array is near the wanted one, in norm.
-
-    In norm, and not element by element: at the kink of the relu a rounding error decides whether
-    the error of that one unit and step passes.
-    """
+def check_same(
+    library: str, problem: Problem, got: list[Array], wanted: list[Array], dtype: str
+) -> None:
+    """Raise `WrongResultError` unless each array is near the wanted one, in norm."""
     names = ("y", "grad_x", "weight_ih", "weight_hh", "bias_ih", "bias_hh")
-    tolerance = TOLERANCES[dtype]
+    tolerance = TOLERANCES[dtype] * (_KINK if problem.nonlinearity == "relu" else 1)
     for name, a, b in zip(names, got, wanted, strict=True):
         if a.shape != b.shape or a.dtype != dtype:
             raise WrongResultError(

@@ -92,7 +92,7 @@ def _prepare(
     steps: dict[str, Callable[[], object]] = {}
     for library in libraries:
         step = make_step(library, problem, dtype, threads)
-        check_same(library, step.run(), wanted, dtype)
+        check_same(library, problem, step.run(), wanted, dtype)
         steps[library] = step.run
     products = matrix_products(dtype, threads)
     for product in products.values():

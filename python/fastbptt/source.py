@@ -1,0 +1,62 @@
+"""x and targets, read some steps at a time, with time first."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fastbptt._arrays import Array, from_any
+
+
+def is_lazy(value: Any) -> bool:
+    """Whether this is something to read in parts: it has a shape and a dtype, but is no array."""
+    return (
+        not isinstance(value, np.ndarray)
+        and hasattr(value, "shape")
+        and hasattr(value, "dtype")
+        and hasattr(value, "__getitem__")
+    )
+
+
+class Source:
+    """An array, a memory map, or anything with shape, dtype and slices over time.
+
+    Of the last, only slices are ever asked for, and each is checked when it comes.
+
+    Parameters
+    ----------
+    name : str
+        What it is to the user.
+    value : array_like or object with shape, dtype and slices
+    batch_first : bool
+        Whether time is its second axis.
+    """
+
+    def __init__(self, name: str, value: Any, batch_first: bool) -> None:
+        self._name = name
+        self._batch_first = batch_first
+        self.lazy = is_lazy(value)
+        self._value = value if self.lazy else from_any(name, value)
+        self.shape = tuple(int(n) for n in self._value.shape)
+        self.dtype = self._value.dtype
+
+    @property
+    def leading(self) -> tuple[int, int]:
+        """T and B."""
+        first, second = self.shape[:2]
+        return (second, first) if self._batch_first else (first, second)
+
+    def take(self, begin: int, end: int) -> Array:
+        """Return the steps `[begin, end)`, time first; a view where that can be."""
+        part = self._value[:, begin:end] if self._batch_first else self._value[begin:end]
+        if self.lazy:
+            part = from_any(self._name, part)
+            axis = 1 if self._batch_first else 0
+            wanted = (*self.shape[:axis], end - begin, *self.shape[axis + 1 :])
+            if part.shape != wanted:
+                raise ValueError(
+                    f"{self._name}: got shape {part.shape} for the steps {begin} to {end}, "
+                    f"wanted {wanted}"
+                )
+        return part.swapaxes(0, 1) if self._batch_first else part
