@@ -71,8 +71,11 @@ class Stack:
         need_x: bool,
     ) -> tuple[Array | None, State, list[Array | None]]: ...
 
-def linear(x: Array, weight: Array, bias: Array | None) -> Array:
-    """Return `x @ weight.T + bias` over the last axis; x has two or three axes."""
+def linear(x: Array, weight: Array, bias: Array | None, cuts: bool = False) -> Array:
+    """Return `x @ weight.T + bias` over the last axis; x has two or three axes.
+
+    With `cuts` a row's bits do not depend on how many others there are.
+    """
 
 def linear_backward(
     x: Array, weight: Array, grad_y: Array, grad_weight: Array, grad_bias: Array | None
