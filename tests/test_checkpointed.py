@@ -101,8 +101,9 @@ def test_bit_for_bit_for_every_model_and_loss(batch_first, embedding, readout, r
     target[0, 1] = -100
     for loss, wanted in (("cross_entropy", target), ("mse", values), (own, values)):
         full = fb.value_and_grad(model, x, wanted, loss)
-        little = fb.value_and_grad(model, x, wanted, loss, schedule=fb.Checkpointed(slots=4))
-        assert_same(little, full, 1e-6 if loss is own else 1e-12)
+        for schedule in (fb.Checkpointed(slots=4), fb.Checkpointed(slots=4, segment=1)):
+            little = fb.value_and_grad(model, x, wanted, loss, schedule=schedule)
+            assert_same(little, full, 1e-6 if loss is own else 1e-12)
 
 
 @pytest.mark.parametrize("cell", ["lstm", "rnn_tanh"])

@@ -49,7 +49,7 @@ struct Parameters {
   bool has_bias = false;
 };
 
-py::array bind_linear(const py::array& x, const py::array& weight, Optional bias) {
+py::array bind_linear(const py::array& x, const py::array& weight, Optional bias, bool cuts) {
   return by_dtype("weight", weight, [&](auto scalar) {
     using S = decltype(scalar);
     const Parameters<S> parameters(weight, bias);
@@ -57,7 +57,7 @@ py::array bind_linear(const py::array& x, const py::array& weight, Optional bias
     py::array y = like(rows, parameters.weight.shape(0));
     const Linear<S> layer = parameters.layer(rows);
     S* out = mutable_data<S>("y", y);
-    without_gil([&](Interrupt interrupt) { linear(layer, out, interrupt); });
+    without_gil([&](Interrupt interrupt) { linear(layer, out, cuts, interrupt); });
     return y;
   });
 }
@@ -185,7 +185,8 @@ void bind_embedding_backward(const py::array& index, const py::array& grad,
 }  // namespace
 
 void bind_readout(py::module_& m) {
-  m.def("linear", &bind_linear, py::arg("x"), py::arg("weight"), py::arg("bias"));
+  m.def("linear", &bind_linear, py::arg("x"), py::arg("weight"), py::arg("bias"),
+        py::arg("cuts") = false);
   m.def("linear_backward", &bind_linear_backward, py::arg("x"), py::arg("weight"),
         py::arg("grad_y"), py::arg("grad_weight"), py::arg("grad_bias"));
   m.def("readout_loss", &bind_readout_loss, py::arg("loss"), py::arg("y"), py::arg("weight"),

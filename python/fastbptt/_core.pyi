@@ -71,6 +71,42 @@ class Stack:
         need_x: bool,
     ) -> tuple[Array | None, State, list[Array | None]]: ...
 
+def linear(x: Array, weight: Array, bias: Array | None, cuts: bool = False) -> Array:
+    """Return `x @ weight.T + bias` over the last axis; x has two or three axes.
+
+    With `cuts` a row's bits do not depend on how many others there are.
+    """
+
+def linear_backward(
+    x: Array, weight: Array, grad_y: Array, grad_weight: Array, grad_bias: Array | None
+) -> Array:
+    """Return the gradient with respect to x; add to `grad_weight` and `grad_bias`."""
+
+def embedding_backward(index: NDArray[np.int64], grad: Array, grad_weight: Array) -> None:
+    """Add the rows of `grad` `[A, B, E]` to the rows of `grad_weight` that `index` names."""
+
+def readout_loss(
+    loss: str,
+    y: Array,
+    weight: Array | None,
+    bias: Array | None,
+    target: Array,
+    scale: float,
+    ignore_index: int,
+    grad_weight: Array | None,
+    grad_bias: Array | None,
+    need_grad: bool,
+) -> tuple[float, Array | None]:
+    """Linear readout and loss, a block of rows at a time, so that the logits never exist whole.
+
+    `loss` is `"cross_entropy"` (`target` int64 `[A, B]`) or `"mse"` (`target` `[A, B, V]`). Returns
+    `scale` times the sum over the targets that count, and its gradient with respect to `y`
+    `[A, B, H]`; adds to `grad_weight` and `grad_bias`. Without `weight`, y is the prediction.
+    """
+
+def readout_nbytes(K: int, N: int, rows: int, is_double: bool) -> int:
+    """Return what `readout_loss` with gradients takes for itself, at most."""
+
 def packed_rows(batch_sizes: int, T: int) -> int:
     """Return the sum of the int64 sizes at this address; -1 if one rises or is under 1."""
 
@@ -129,36 +165,3 @@ class Verbs:
         grad_weights: list[int],
         threads: int,
     ) -> None: ...
-
-def linear(x: Array, weight: Array, bias: Array | None) -> Array:
-    """Return `x @ weight.T + bias` over the last axis; x has two or three axes."""
-
-def linear_backward(
-    x: Array, weight: Array, grad_y: Array, grad_weight: Array, grad_bias: Array | None
-) -> Array:
-    """Return the gradient with respect to x; add to `grad_weight` and `grad_bias`."""
-
-def embedding_backward(index: NDArray[np.int64], grad: Array, grad_weight: Array) -> None:
-    """Add the rows of `grad` `[A, B, E]` to the rows of `grad_weight` that `index` names."""
-
-def readout_loss(
-    loss: str,
-    y: Array,
-    weight: Array | None,
-    bias: Array | None,
-    target: Array,
-    scale: float,
-    ignore_index: int,
-    grad_weight: Array | None,
-    grad_bias: Array | None,
-    need_grad: bool,
-) -> tuple[float, Array | None]:
-    """Linear readout and loss, a block of rows at a time, so that the logits never exist whole.
-
-    `loss` is `"cross_entropy"` (`target` int64 `[A, B]`) or `"mse"` (`target` `[A, B, V]`). Returns
-    `scale` times the sum over the targets that count, and its gradient with respect to `y`
-    `[A, B, H]`; adds to `grad_weight` and `grad_bias`. Without `weight`, y is the prediction.
-    """
-
-def readout_nbytes(K: int, N: int, rows: int, is_double: bool) -> int:
-    """Return what `readout_loss` with gradients takes for itself, at most."""

@@ -239,7 +239,9 @@ class _Custom:
     def __call__(
         self, y: Array, begin: int, end: int, grads: dict[str, Array] | None
     ) -> tuple[float, Array | None]:
-        output = y if self._readout is None else _core.linear(y, *self._readout_weights())
+        output = (
+            y if self._readout is None else _core.linear(y, *self._readout_weights(), cuts=True)
+        )
         if self._batch_first:
             output = output.swapaxes(0, 1)
         target = self._target

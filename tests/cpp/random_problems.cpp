@@ -428,8 +428,10 @@ void check_readout(Random& random, Verdict& verdict, std::string& text) {
     }
   }
   const Array<S> y(rows * N, offset);
-  linear(layer, y.data());
-  verdict.close("linear y", y.doubles(), logits, allowed);
+  for (const bool cuts : {false, true}) {
+    linear(layer, y.data(), cuts);
+    verdict.close("linear y", y.doubles(), logits, allowed);
+  }
   begin();
   linear_backward(layer, dy.data(), grad_x.data(), grad_weight.data(), grad_bias.data());
   compare("linear_backward", dy.doubles());

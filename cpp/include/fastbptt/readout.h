@@ -19,8 +19,10 @@ struct Linear {
   const S* bias;
 };
 
+// Very few rows take the weights as they are, in another order of sums, unless `cuts` says that
+// they may be a part of more, whose bits must not depend on the cut.
 template <class S>
-void linear(const Linear<S>& layer, S* y, Interrupt interrupt = {});
+void linear(const Linear<S>& layer, S* y, bool cuts, Interrupt interrupt = {});
 
 // grad_y [rows, N]; grad_x [rows, K], written; the others added to, grad_bias may be null.
 template <class S>

@@ -134,8 +134,8 @@ double squared_error(Index n, Index N, S* prediction, Index step, const S* targe
 }  // namespace
 
 template <class S>
-void linear(const Linear<S>& layer, S* y, Interrupt interrupt) {
-  if (layer.rows <= direct_rows) {
+void linear(const Linear<S>& layer, S* y, bool cuts, Interrupt interrupt) {
+  if (layer.rows <= direct_rows && !cuts) {
     return kernels().rows<S>().multiply_directly(layer.K, layer.N, layer.rows, layer.x,
                                                  layer.weight, layer.bias, y);
   }
@@ -232,7 +232,7 @@ void embedding_backward(Index rows, Index E, const std::int64_t* index, const S*
 }
 
 #define FASTBPTT_INSTANTIATE(S)                                                        \
-  template void linear<S>(const Linear<S>&, S*, Interrupt);                            \
+  template void linear<S>(const Linear<S>&, S*, bool, Interrupt);                      \
   template void linear_backward<S>(const Linear<S>&, const S*, S*, S*, S*, Interrupt); \
   template double readout_loss<S>(const ReadoutLoss<S>&, Interrupt);                   \
   template Index readout_nbytes<S>(Index, Index, Index);                               \
