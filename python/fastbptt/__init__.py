@@ -17,6 +17,7 @@ True
 from importlib.metadata import version as _version
 
 from fastbptt.checkpointing import Checkpointed
+from fastbptt.comparison import segmentation_error
 from fastbptt.embedding import Embedding
 from fastbptt.layers import GRU, LSTM, RNN
 from fastbptt.linear import Linear
@@ -24,6 +25,7 @@ from fastbptt.model import Model
 from fastbptt.optimizers import SGD, Adam, RMSprop, clip_grad_norm
 from fastbptt.runtime import cpu_info, get_num_threads, set_num_threads
 from fastbptt.schedules import Full, Truncated
+from fastbptt.segmented import Segmented
 from fastbptt.storage import load, save
 from fastbptt.training import each_window, evaluate, value_and_grad
 
@@ -39,6 +41,7 @@ __all__ = [
     "Linear",
     "Model",
     "RMSprop",
+    "Segmented",
     "Truncated",
     "__version__",
     "clip_grad_norm",
@@ -48,6 +51,7 @@ __all__ = [
     "get_num_threads",
     "load",
     "save",
+    "segmentation_error",
     "set_num_threads",
     "value_and_grad",
 ]

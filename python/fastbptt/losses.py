@@ -8,7 +8,7 @@ whole.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -17,7 +17,7 @@ from fastbptt import _core
 from fastbptt._arrays import Array, as_array, from_any
 from fastbptt.linear import Linear
 from fastbptt.model import Model
-from fastbptt.source import Source, is_lazy
+from fastbptt.source import Source, beside, is_lazy
 
 LossFunction: TypeAlias = Callable[[Array, Any, slice], tuple[float, Array]]
 Loss: TypeAlias = str | LossFunction
@@ -59,6 +59,27 @@ class Objective(Protocol):
         value : float
         grad_y : ndarray or None
             None if `grads` is.
+        """
+
+    def beside(
+        self, y: Array, stretches: Sequence[slice], grads: dict[str, Array]
+    ) -> tuple[float, Array]:
+        """Return what stretches of as many steps add to the loss, and the gradient.
+
+        Parameters
+        ----------
+        y : ndarray
+            The output at these steps, `[n, len(stretches) * B, H]`: the rows of the first stretch,
+            then those of the second, and so on.
+        stretches : sequence of slice
+            Where they are in the sequence.
+        grads : dict of str to ndarray
+            Gradients of the readout's parameters, which are added to.
+
+        Returns
+        -------
+        value : float
+        grad_y : ndarray
         """
 
 
@@ -118,13 +139,25 @@ class _Fused:
     def __call__(
         self, y: Array, begin: int, end: int, grads: dict[str, Array] | None
     ) -> tuple[float, Array | None]:
+        return self._take(y, self._cut(begin, end), grads)
+
+    def beside(
+        self, y: Array, stretches: Sequence[slice], grads: dict[str, Array]
+    ) -> tuple[float, Array]:
+        value, grad = self._take(y, beside(self._cut, stretches), grads)
+        assert grad is not None
+        return value, grad
+
+    def _take(
+        self, y: Array, target: Array, grads: dict[str, Array] | None
+    ) -> tuple[float, Array | None]:
         into = grads or {}
         return _core.readout_loss(
             self.kind,
             y,
             self._weights.get("weight"),
             self._weights.get("bias"),
-            self._cut(begin, end),
+            target,
             self.scale,
             self.ignore_index,
             into.get("weight"),
@@ -261,6 +294,18 @@ class _Custom:
             return value, grad
         weight, _ = self._readout_weights()
         return value, _core.linear_backward(y, weight, grad, grads["weight"], grads.get("bias"))
+
+    def beside(
+        self, y: Array, stretches: Sequence[slice], grads: dict[str, Array]
+    ) -> tuple[float, Array]:
+        loss, B = 0.0, y.shape[1] // len(stretches)
+        grad_y = np.empty_like(y)
+        for place, stretch in enumerate(stretches):
+            rows = slice(place * B, (place + 1) * B)
+            part = np.ascontiguousarray(y[:, rows])
+            value, grad_y[:, rows] = self(part, stretch.start, stretch.stop, grads)
+            loss += value
+        return loss, grad_y
 
     def _readout_weights(self) -> tuple[Array, Array | None]:
         assert self._readout is not None

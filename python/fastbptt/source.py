@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -60,3 +61,29 @@ class Source:
                     f"wanted {wanted}"
                 )
         return part.swapaxes(0, 1) if self._batch_first else part
+
+
+def beside(take: Callable[[int, int], Array], stretches: Sequence[slice]) -> Array:
+    """Return stretches of time as one batch, the rows of the first one first.
+
+    Parameters
+    ----------
+    take : callable
+        Returns the steps `[begin, end)`, `[n, B, ...]`.
+    stretches : sequence of slice
+        Not empty, and all of n steps.
+
+    Returns
+    -------
+    ndarray
+        `[n, len(stretches) * B, ...]`
+    """
+    first = take(stretches[0].start, stretches[0].stop)
+    if len(stretches) == 1:
+        return first
+    n, B, *rest = first.shape
+    rows = np.empty((n, len(stretches), B, *rest), first.dtype)
+    rows[:, 0] = first
+    for place, stretch in enumerate(stretches[1:], 1):
+        rows[:, place] = take(stretch.start, stretch.stop)
+    return rows.reshape(n, len(stretches) * B, *rest)

@@ -17,6 +17,7 @@ from fastbptt.losses import Loss, Objective, make_objective
 from fastbptt.memory import as_text, available, needs_of
 from fastbptt.model import Model
 from fastbptt.schedules import Action, Full, Needs, Schedule, Truncated
+from fastbptt.segmented import Segmented, run_segmented
 from fastbptt.source import Source, is_lazy
 
 # Rows of time x batch that run at once where nothing is kept: enough for a call to cost nothing.
@@ -50,7 +51,7 @@ def value_and_grad(
     target: Any,
     loss: Loss = "cross_entropy",
     state: Any = None,
-    schedule: Schedule | None = None,
+    schedule: Schedule | Segmented | None = None,
     ignore_index: int = -100,
     grad_x: Array | None = None,
 ) -> ValueAndGrad:
@@ -80,9 +81,9 @@ def value_and_grad(
     state : ndarray or tuple of ndarray, optional
         The state before the first step, such as an earlier call returned; zeros by default.
     schedule : Schedule, optional
-        `Full()`, `Checkpointed(...)` or `Truncated(k1, k2)`. By default `Full()`, or, if that would
-        take more memory than there is, `Checkpointed` within half of what there is, which the
-        logger "fastbptt" tells once.
+        `Full()`, `Checkpointed(...)`, `Truncated(k1, k2)` or `Segmented(length, overlap)`. By
+        default `Full()`, or, if that would take more memory than there is, `Checkpointed` within
+        half of what there is, which the logger "fastbptt" tells once.
     ignore_index : int
         A class that does not count; for "cross_entropy" only.
     grad_x : ndarray, optional
@@ -114,7 +115,8 @@ def value_and_grad(
     >>> result.loss < 0.1
     True
     """
-    if schedule is not None and (isinstance(schedule, type) or not hasattr(schedule, "plan")):
+    wanted = isinstance(schedule, Segmented) or hasattr(schedule, "plan")
+    if schedule is not None and (isinstance(schedule, type) or not wanted):
         name = schedule.__name__ if isinstance(schedule, type) else type(schedule).__name__
         raise TypeError(f"schedule: got {name}, wanted a schedule such as Full() or Truncated(k1)")
     source = _Input(model, x)
@@ -122,6 +124,8 @@ def value_and_grad(
     if grad_x is not None:
         _check_grad_x(grad_x, source, model)
         grad_x[...] = 0
+    if isinstance(schedule, Segmented):
+        return ValueAndGrad(*run_segmented(model, source, objective, state, schedule, grad_x))
     needs = needs_of(
         model,
         source.T,
