@@ -106,7 +106,8 @@ def value_and_grad(
     --------
     >>> import numpy as np
     >>> import fastbptt as fb
-    >>> model = fb.Model(fb.Embedding(5, 8, seed=0), fb.GRU(8, 16, seed=1), fb.Linear(16, 5))
+    >>> layers = fb.Embedding(5, 8, seed=0), fb.GRU(8, 16, seed=1), fb.Linear(16, 5, seed=2)
+    >>> model = fb.Model(*layers)
     >>> text = np.arange(41).reshape(-1, 1) % 5
     >>> adam = fb.Adam(model.parameters(), lr=0.01)
     >>> for _ in range(30):
@@ -182,7 +183,8 @@ def each_window(
     --------
     >>> import numpy as np
     >>> import fastbptt as fb
-    >>> model = fb.Model(fb.Embedding(5, 8, seed=0), fb.GRU(8, 16, seed=1), fb.Linear(16, 5))
+    >>> layers = fb.Embedding(5, 8, seed=0), fb.GRU(8, 16, seed=1), fb.Linear(16, 5, seed=2)
+    >>> model = fb.Model(*layers)
     >>> text = np.arange(401).reshape(-1, 1) % 5
     >>> adam = fb.Adam(model.parameters(), lr=0.02)
     >>> for window in fb.each_window(model, text[:-1], text[1:], schedule=fb.Truncated(10, 20)):
