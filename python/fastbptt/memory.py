@@ -11,6 +11,12 @@ from fastbptt._arrays import as_size
 from fastbptt.model import Model
 from fastbptt.schedules import Needs
 
+# The core's blocks of this size and more take a multiple of the unit: fastbptt/buffer.h.
+_LARGE_BLOCK, _BLOCK_UNIT = 4 << 20, 64 << 10
+
+# Of a kept state, beside its numbers: the objects of Python.
+_STATE_OVERHEAD = 512
+
 _UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
@@ -81,11 +87,14 @@ def needs_of(
     if logits:
         row += 2 * out * item
 
+    tape_step = layer._stack.tape_nbytes(1, B)
+
     def fixed(longest: int) -> int:
         readout = _core.readout_nbytes(
             layer.hidden_size if model.readout is not None else 1, out, longest * B, item == 8
         )
-        # The present state, dL/dstate and what a call returns of both.
-        return layer._stack.session(T, B, longest).nbytes + readout + 4 * B * states
+        # The present state, dL/dstate and what a call returns of both; the ends of large blocks.
+        ends = 3 * _BLOCK_UNIT if longest * tape_step >= _LARGE_BLOCK else 0
+        return layer._stack.session(T, B, longest).nbytes + readout + 4 * B * states + ends
 
-    return Needs(B * states, layer._stack.tape_nbytes(1, B) + B * row, fixed)
+    return Needs(B * states + _STATE_OVERHEAD, tape_step + B * row, fixed)

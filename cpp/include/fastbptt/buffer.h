@@ -11,6 +11,9 @@ namespace fastbptt {
 // overcommitting kernel kill the process when the pages are touched.
 void* allocate_aligned(std::size_t bytes);
 
+// Blocks of 4 MB and more take a multiple of this.
+constexpr std::size_t large_block_unit = std::size_t(64) << 10;
+
 // Takes back what allocate_aligned(bytes) gave; null is nothing.
 void free_aligned(void* data, std::size_t bytes) noexcept;
 

@@ -42,16 +42,17 @@ std::size_t available_memory() {
 
 std::size_t alignment_of(std::size_t bytes) { return bytes >= huge_from ? huge_page : 64; }
 
+// Large blocks end where a page does, of whatever size: the system is told about whole pages.
 std::size_t rounded(std::size_t bytes) {
-  const std::size_t alignment = alignment_of(bytes);
-  return (bytes + alignment - 1) / alignment * alignment;
+  const std::size_t unit = bytes >= huge_from ? large_block_unit : 64;
+  return (bytes + unit - 1) / unit * unit;
 }
 
 void* from_system(std::size_t bytes) {
   if (bytes >= ask_from && bytes > available_memory()) throw std::bad_alloc();
   const std::size_t alignment = alignment_of(bytes);
-  void* data = std::aligned_alloc(alignment, bytes);
-  if (!data) throw std::bad_alloc();
+  void* data = nullptr;
+  if (posix_memalign(&data, alignment, bytes) != 0) throw std::bad_alloc();
 #ifdef __linux__
   if (alignment == huge_page) madvise(data, bytes, MADV_HUGEPAGE);
 #endif
