@@ -133,9 +133,9 @@ def million(rounds: int) -> tuple[list[Figure], list[str]]:
         Figure(f"{name}: time beside Full's", ratio, 1.35, " x"),
     ]
     notes = [
-        f"A million steps took {median(times):.2f} s in 16 MB. Full's time is {longer:g} times that "
-        f"at T = {EXTRAPOLATED_FROM:,}, {median(full):.3f} s, once its tape is there from a step "
-        f"before; the first step of a process, which gets it from the system, took "
+        f"A million steps took {median(times):.2f} s in 16 MB. Full's time is {longer:g} times "
+        f"that at T = {EXTRAPOLATED_FROM:,}, {median(full):.3f} s, once its tape is there from a "
+        f"step before; the first step of a process, which gets it from the system, took "
         f"{median(first):.3f} s."
     ]
     return figures, notes
