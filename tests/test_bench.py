@@ -13,9 +13,11 @@ import sys
 import numpy as np
 import pytest
 
+import fastbptt as fb
 from cli_tools import read_json, run
 from conftest import require
-from fastbptt.bench import libraries
+from fastbptt.bench import libraries, memory_point, memory_step
+from fastbptt.bench.anonymous_memory import PeakGrowth
 from fastbptt.bench.fresh_process import FreshProcess, ProcessError, thread_environment
 from fastbptt.bench.libraries import WrongResultError, check_same, exact, make_step
 from fastbptt.bench.peak_memory import peak_memory
@@ -140,9 +142,89 @@ def test_plot(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["a.json", "a.png"]
 
 
+def test_memory_table_and_json(tmp_path, capsys):
+    path = tmp_path / "a.json"
+    options = ("--problem", "200,2,3,4", "--cell", "lstm", "--beside", "none", *QUICK)
+    assert run("bench", "--memory", *options, "--json", path) == 0
+    output = capsys.readouterr()
+    assert output.err == ""
+    points = read_json(path)["points"]
+    rows = [line.split() for line in output.out.splitlines() if line.startswith("lstm")]
+    assert [row[1] for row in rows] == [f"{point['T']},2,3,4" for point in points]
+    assert [point["T"] for point in points] == [100] * 5 + [200] * 5
+    schedules = [way.name for way in memory_step.WAYS]
+    assert [point["schedule"] for point in points] == schedules * 2
+    for point in points:
+        assert point["seconds"] > 0
+        assert point["peak_bytes"] >= 0
+        # y at the least.
+        assert point["allocated_bytes"] >= 100 * 2 * 4 * 4
+    exact = [point for point in points[:5] if not point["schedule"].startswith("Truncated")]
+    assert len({point["loss"] for point in exact}) == 1
+    assert len({point["gradient_norm"] for point in exact}) == 1
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_memory_plot_and_torch(tmp_path):
+    require("matplotlib")
+    require("torch")
+    png, summary = tmp_path / "a.png", tmp_path / "a.json"
+    options = ("--cell", "rnn", "--dtype", "float64", "--beside", "torch", *QUICK)
+    files = ("--plot", png, "--json", summary)
+    assert run("bench", "--memory", "--problem", "40,2,3,4", *options, *files) == 0
+    assert png.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    points = read_json(summary)["points"]
+    assert [point["T"] for point in points] == [40] * 6
+    assert points[-1]["schedule"] == "torch"
+    assert points[-1]["allocated_bytes"] is None
+
+
+def test_memory_leaves_out_what_cannot_be_measured(monkeypatch, capsys):
+    from fastbptt.cli import bench_memory
+
+    small = memory_step.Way("small", fb.Checkpointed(memory=1000))
+    monkeypatch.setattr(bench_memory, "WAYS", (memory_step.WAYS[0], small))
+    monkeypatch.setattr(bench_memory, "_LONGEST", 1e-9)
+    options = ("--problem", "200,2,3,4", "--cell", "gru", "--beside", "none", *QUICK)
+    assert run("bench", "--memory", *options) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("gru")]
+    assert len(lines) == 4
+    assert "memory: got 1000 bytes, wanted at least" in lines[1]
+    assert "left out: about" in lines[2]
+
+
+def test_memory_is_not_shown_for_a_wrong_result():
+    full, truncated = memory_step.WAYS[0], memory_step.WAYS[-1]
+    wanted = memory_step.Outcome(1.0, 2.0)
+    memory_point.check_same(truncated, memory_step.Outcome(1.0, 3.0), wanted, "float32")
+    with pytest.raises(WrongResultError, match="Full: norm is 3, wanted 2"):
+        memory_point.check_same(full, memory_step.Outcome(1.0, 3.0), wanted, "float32")
+    with pytest.raises(WrongResultError, match="loss is nan"):
+        memory_point.check_same(truncated, memory_step.Outcome(math.nan, 2.0), wanted, "float32")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells of anonymous memory")
+def test_growth_is_that_of_anonymous_memory(tmp_path):
+    size = 1 << 25
+    (tmp_path / "a").write_bytes(bytes(size))
+    with FreshProcess(thread_environment(1)) as process:
+        assert size <= process.call(_growth, str(tmp_path / "a"), True) < 1.2 * size
+        assert process.call(_growth, str(tmp_path / "a"), False) < 0.2 * size
+
+
+def _growth(path: str, own: bool) -> int:
+    with PeakGrowth() as growth:
+        data = np.memmap(path, np.uint8, "r")
+        if own:
+            data = data + 1
+        assert data.sum(dtype=np.int64) == data.size * own
+    return growth.bytes
+
+
 @pytest.mark.parametrize(
     ("options", "wanted"),
     [
+        (["--memory", "--suite", "small"], ["--suite", "--memory", "--problem"]),
         (["--cell", "cnn"], ["--cell", "'cnn'", "lstm"]),
         (["--cell", ""], ["--cell", "''"]),
         (["--cell", "lstm,"], ["--cell", "'lstm,'"]),

@@ -28,30 +28,32 @@ def _measure(library: str, problem: Problem, dtype: str, threads: int) -> int:
     # What a library loads and allocates once is not the step's.
     make_step(library, replace(problem, T=2), dtype, threads).run()
     step = make_step(library, problem, dtype, threads)
-    before = _restart_peak()
+    before = restart_peak()
     step.run()
-    return max(0, _peak() - before)
+    return max(0, peak() - before)
 
 
-def _status(field: str) -> int:
+def status(field: str) -> int:
+    """Return a size that Linux tells of this process, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return int(line.split()[1]) * 1024
     raise KeyError(field)
 
 
-def _restart_peak() -> int:
+def restart_peak() -> int:
     """Let the peak start anew where the system can do so; return the resident size."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
-        return _status("VmRSS")
+        return status("VmRSS")
     except OSError:
-        return _peak()
+        return peak()
 
 
-def _peak() -> int:
+def peak() -> int:
+    """Return the highest resident size since `restart_peak`, or since the process began."""
     try:
-        return _status("VmHWM")
+        return status("VmHWM")
     except OSError:
         import resource
 

@@ -13,6 +13,8 @@ COMMON_CELLS = ("rnn_tanh", "lstm", "gru")
 # The row whose T is varied to see time and memory grow with the sequence.
 LENGTH_ROW = ("medium", 1000, 16, 64, 256)
 LENGTHS = (100, 300, 1000, 3000, 10000)
+# The shortest of the lengths at which memory is measured; each of the others is ten times one.
+SHORTEST = 100
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,16 @@ def suites() -> list[str]:
 def lengths_of(problem: Problem) -> list[Problem]:
     """Return the same problem at several T: the suite "length"."""
     return [replace(problem, suite="length", T=T) for T in LENGTHS]
+
+
+def decades_of(problem: Problem) -> list[Problem]:
+    """Return the same problem at T = 100, 1000 and so on, and last at its own T."""
+    lengths = []
+    T = SHORTEST
+    while T < problem.T:
+        lengths.append(T)
+        T *= 10
+    return [replace(problem, T=T) for T in [*lengths, problem.T]]
 
 
 def length_suite() -> list[Problem]:

@@ -11,18 +11,25 @@ from fastbptt.bench.fresh_process import FreshProcess, ProcessError, thread_envi
 from fastbptt.bench.libraries import LIBRARIES, installed, version
 from fastbptt.bench.machine import machine
 from fastbptt.bench.matrix_product import SIZE
+from fastbptt.bench.memory_report import plot as plot_memory
+from fastbptt.bench.memory_step import TORCH
 from fastbptt.bench.peak_memory import peak_memory
 from fastbptt.bench.plot import can_plot, plot
 from fastbptt.bench.problems import Problem, lengths_of, read_problems
 from fastbptt.bench.report import Point, heading, lines
 from fastbptt.bench.timing import time_problem
 from fastbptt.cli import files
+from fastbptt.cli.bench_memory import DEFAULT_PROBLEM, measure_all
 from fastbptt.cli.errors import RunError, UsageError
+
+DEFAULT_SUITES = ("small",)
 
 
 def bench(arguments: argparse.Namespace) -> int:
     """Measure, print a table and write the files that were asked for."""
     _check_files(arguments)
+    if arguments.memory:
+        return _bench_memory(arguments)
     problems = _problems(arguments)
     libraries = ("fastbptt", *arguments.beside)
     print(_title(libraries, arguments))
@@ -49,6 +56,28 @@ def bench(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _bench_memory(arguments: argparse.Namespace) -> int:
+    if arguments.suite is not None:
+        raise UsageError("--suite: not with --memory; wanted --problem")
+    if arguments.problem is None:
+        arguments.problem = [DEFAULT_PROBLEM]
+    problems = _problems(arguments)
+    others = (TORCH,) if "torch" in arguments.beside else ()
+    libraries = ("fastbptt", *(way.name for way in others))
+    title = _title(libraries, arguments)
+    print(title)
+    points = measure_all(problems, others, arguments.dtype, arguments.threads, arguments.seconds)
+    if arguments.json is not None:
+        summary = _about(libraries, arguments) | {"points": [point.as_dict() for point in points]}
+        files.write_json(arguments.json, summary)
+    if arguments.plot is not None:
+        first = problems[0].sizes.partition(",")[2]
+        drawn = [point for point in points if point.problem.sizes.partition(",")[2] == first]
+        title = f"B,I,H = {first}; {title}"
+        files.write_whole(arguments.plot, "--plot", lambda path: plot_memory(path, drawn, title))
+    return 0
+
+
 def _check_files(arguments: argparse.Namespace) -> None:
     """Refuse, before the work, what could not be written after it."""
     for option, path in (("--json", arguments.json), ("--plot", arguments.plot)):
@@ -69,7 +98,8 @@ def _check_files(arguments: argparse.Namespace) -> None:
 def _problems(arguments: argparse.Namespace) -> list[Problem]:
     """Every chosen cell on every chosen problem."""
     if arguments.problem is None:
-        chosen = [problem for problem in read_problems() if problem.suite in arguments.suite]
+        suites = arguments.suite or DEFAULT_SUITES
+        chosen = [problem for problem in read_problems() if problem.suite in suites]
     else:
         cells = {"rnn": "rnn_tanh"}
         chosen = [
@@ -137,12 +167,7 @@ def _title(libraries: Sequence[str], arguments: argparse.Namespace) -> str:
     )
 
 
-def _summary(
-    points: list[Point],
-    lengths: list[Point],
-    libraries: tuple[str, ...],
-    arguments: argparse.Namespace,
-) -> dict[str, Any]:
+def _about(libraries: Sequence[str], arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "version": fb.__version__,
         "versions": _versions(libraries),
@@ -150,6 +175,16 @@ def _summary(
         "dtype": arguments.dtype,
         "threads": arguments.threads,
         "seconds": arguments.seconds,
+    }
+
+
+def _summary(
+    points: list[Point],
+    lengths: list[Point],
+    libraries: tuple[str, ...],
+    arguments: argparse.Namespace,
+) -> dict[str, Any]:
+    return _about(libraries, arguments) | {
         "points": [point.as_dict() for point in points],
         "lengths": [point.as_dict() for point in lengths],
     }

@@ -55,6 +55,13 @@ matrix products, 3 * 2*T*B * G*H * (I+H). `x ours` is the time over this library
 the share of the rate at which this machine multiplies two large matrices, measured in turn with
 the rest, through NumPy or torch, whichever is faster.
 
+With --memory it measures what a step of a whole training problem takes (the layer, a linear
+readout, the mean squared error; x and target are memory maps) with the schedules Full,
+Checkpointed and Truncated, and with torch: for each problem at T = 100, 1000 and so on up to its
+own T, each point in a fresh process. The peak is the growth of the process's anonymous memory;
+allocated is what this library itself held at most. What would take long, or more memory than
+there is, is left out.
+
 T is steps, B rows of the batch, I inputs and H hidden units."""
 
 
@@ -216,12 +223,11 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
         type=sizes,
         action="append",
         metavar="T,B,I,H",
-        help="may be given several times",
+        help="may be given several times; with --memory default 1000000,1,64,64",
     )
     what.add_argument(
         "--suite",
         type=some_of(suites()),
-        default=("small",),
         metavar="NAMES",
         help=f"problems of a table, {', '.join(suites())}, with commas between; default small",
     )
@@ -245,12 +251,17 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
         help="to measure for, in all, for each cell and problem, default 2; each library runs "
         "a few times at least",
     )
+    bench.add_argument(
+        "--memory",
+        action="store_true",
+        help="measure memory against T in place of rates; three minutes by default",
+    )
     bench.add_argument("--json", metavar="FILE", help="write what was measured here too, as JSON")
     bench.add_argument(
         "--plot",
         metavar="FILE.png",
         help="also measure the first problem at several T, and draw time and peak memory against "
-        "T; takes matplotlib and some minutes",
+        "T; takes matplotlib and some minutes. With --memory: draw what is measured of the first",
     )
 
 

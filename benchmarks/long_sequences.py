@@ -1,0 +1,198 @@
+"""Time and memory of the schedules beside what they are meant to reach.
+
+`python benchmarks/long_sequences.py --markdown docs/long-sequences.md` puts the table where the
+file has the two lines
+
+    <!-- figures -->
+    <!-- end -->
+
+Everything runs on one thread, in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import numpy as np
+
+import fastbptt as fb
+from fastbptt.bench.fresh_process import FreshProcess, thread_environment
+from fastbptt.bench.libraries import installed, version
+from fastbptt.bench.machine import machine
+from fastbptt.bench.memory_point import check_same, measure
+from fastbptt.bench.memory_step import TORCH, Way, write_data
+from fastbptt.bench.problems import Problem
+from fastbptt.checkpointing import choose
+from fastbptt.memory import as_text, needs_of
+
+FIRST, LAST = "<!-- figures -->\n", "<!-- end -->"
+FULL = Way("Full", fb.Full())
+SHORT = Problem("", "lstm", 1000, 16, 64, 256)
+LONG = Problem("", "lstm", 1_000_000, 1, 64, 64)
+EXTRAPOLATED_FROM = 100_000
+BESIDE_TORCH = [Problem("", cell, 10_000, 8, 32, 128) for cell in ("lstm", "gru", "rnn_tanh")]
+
+
+class Figure(NamedTuple):
+    """A number that was measured, and where it has to stay: above or below."""
+
+    what: str
+    got: float
+    target: float
+    unit: str
+    at_least: bool = False
+
+    def row(self) -> str:
+        reached = self.got >= self.target if self.at_least else self.got <= self.target
+        wanted = f"{'at least' if self.at_least else 'at most'} {self.target:g}{self.unit}"
+        verdict = "reached" if reached else "**falls short**"
+        return f"| {self.what} | {self.got:.2f}{self.unit} | {wanted} | {verdict} |"
+
+
+def little_memory(rounds: int) -> tuple[list[Figure], list[str]]:
+    """T = 1000: states and tape beside Full's tape, and the time of each beside Full's."""
+    with FreshProcess(thread_environment(1)) as process:
+        return process.call(_little_memory, rounds)
+
+
+def _little_memory(rounds: int) -> tuple[list[Figure], list[str]]:
+    T, B = SHORT.T, SHORT.B
+    fb.set_num_threads(1)
+    model = fb.Model(fb.LSTM(SHORT.I, SHORT.H, seed=0), fb.Linear(SHORT.H, 1, seed=0))
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((T, B, SHORT.I), dtype=np.float32)
+    target = rng.standard_normal((T, B, 1), dtype=np.float32)
+    needs = needs_of(model, T, B, target_bytes=4)
+    tape = T * needs.step
+    share = tape // 100
+    fixed = needs.fixed(choose(T, needs.state, needs.step, share)[1])
+    many, one_percent = fb.Checkpointed(slots=50), fb.Checkpointed(memory=fixed + share)
+    schedules = [fb.Full(), many, one_percent]
+    wanted = fb.value_and_grad(model, x, target, "mse")
+    times: list[list[float]] = [[] for _ in schedules]
+    for schedule in schedules:
+        got = fb.value_and_grad(model, x, target, "mse", schedule=schedule)
+        assert all(np.array_equal(got.grads[name], wanted.grads[name]) for name in wanted.grads)
+    for number in range(rounds):
+        turns = list(zip(schedules, times, strict=True))
+        for schedule, runs in turns if number % 2 == 0 else reversed(turns):
+            began = time.perf_counter()
+            fb.value_and_grad(model, x, target, "mse", schedule=schedule)
+            runs.append(time.perf_counter() - began)
+    full, with_slots, with_memory = map(median, times)
+    slots, segment = many.division(T, needs)
+    saved = 1 - (slots * needs.state + segment * needs.step) / tape
+    name = f"LSTM {SHORT.sizes}"
+    figures = [
+        Figure(f"{name}, `slots=50`: of Full's tape saved", 100 * saved, 96, " %", True),
+        Figure(f"{name}, `slots=50`: time beside Full's", with_slots / full, 1.30, " x"),
+        Figure(f"{name}, 1 % of Full's tape: time beside Full's", with_memory / full, 1.8, " x"),
+    ]
+    slots, segment = one_percent.division(T, needs)
+    notes = [
+        f"Full's tape at {SHORT.sizes} is {as_text(tape)}, with y and dL/dy. 1 % of it, "
+        f"{as_text(share)}, is what states and tape get: {slots} slots and segments of {segment} "
+        f"steps. Packed weights, sums of weight gradients and the like are there besides, whatever "
+        f"the schedule: {as_text(fixed)}, which is {fixed / tape:.1%} of that tape. So `memory=` "
+        f"has to be {as_text(fixed + share)} there."
+    ]
+    return figures, notes
+
+
+def million(rounds: int) -> tuple[list[Figure], list[str]]:
+    """T = 1,000,000 in 16 MB, beside ten times T = 100,000 of Full."""
+    way = Way("Checkpointed 16MB", fb.Checkpointed(memory="16MB"))
+    part = replace(LONG, T=EXTRAPOLATED_FROM)
+    peaks, times, full, first = [], [], [], []
+    with tempfile.TemporaryDirectory(prefix="fastbptt-") as name:
+        folder = Path(name)
+        write_data(folder, LONG, "float32")
+        check_same(
+            way,
+            measure(way, part, "float32", 1, folder).outcome,
+            measure(FULL, part, "float32", 1, folder).outcome,
+            "float32",
+        )
+        for _ in range(rounds):
+            first.append(measure(FULL, part, "float32", 1, folder).seconds)
+            full.append(measure(FULL, part, "float32", 1, folder, seconds=3.0).seconds)
+            got = measure(way, LONG, "float32", 1, folder)
+            peaks.append(got.peak_bytes)
+            times.append(got.seconds)
+    longer = LONG.T / EXTRAPOLATED_FROM
+    name = f'LSTM {LONG.sizes}, `memory="16MB"`'
+    ratio = median(times) / (median(full) * longer)
+    figures = [
+        Figure(f"{name}: growth of RssAnon", max(peaks) / 1e6, 32, " MB"),
+        Figure(f"{name}: time beside Full's", ratio, 1.35, " x"),
+    ]
+    notes = [
+        f"A million steps took {median(times):.2f} s in 16 MB. Full's time is {longer:g} times "
+        f"that at T = {EXTRAPOLATED_FROM:,}, {median(full):.3f} s, once its tape is there from a "
+        f"step before; the first step of a process, which gets it from the system, took "
+        f"{median(first):.3f} s."
+    ]
+    return figures, notes
+
+
+def beside_torch() -> tuple[list[Figure], list[str]]:
+    """Full's memory beside torch's."""
+    figures, sizes = [], []
+    for problem in BESIDE_TORCH:
+        with tempfile.TemporaryDirectory(prefix="fastbptt-") as name:
+            folder = Path(name)
+            write_data(folder, problem, "float32")
+            ours, theirs = (measure(way, problem, "float32", 1, folder) for way in (FULL, TORCH))
+        check_same(TORCH, theirs.outcome, ours.outcome, "float32")
+        what = f"{problem.cell} {problem.sizes}, Full: growth beside torch's"
+        figures.append(Figure(what, ours.peak_bytes / theirs.peak_bytes, 0.4, " x"))
+        sizes.append(
+            f"{problem.cell} {as_text(ours.peak_bytes)} beside {as_text(theirs.peak_bytes)}"
+        )
+    return figures, [f"Growth of the process, this library beside torch: {', '.join(sizes)}."]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3, metavar="N")
+    parser.add_argument("--markdown", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    parts = [little_memory(3 * options.rounds), million(options.rounds)]
+    parts += [beside_torch()] if installed("torch") else []
+    here = machine()
+    versions = [f"{name} {version(name)}" for name in ("fastbptt", "torch") if installed(name)]
+    command = "python benchmarks/long_sequences.py --markdown docs/long-sequences.md"
+    rows = [figure.row() for figures, _ in parts for figure in figures]
+    notes = [line for _, lines in parts for note in lines for line in (note, "")]
+    block = "\n".join(
+        [
+            f"`{command}`",
+            "",
+            f"{here['cpu']}, {here['cpus']} CPUs; {here['system']}, Python {here['python']}; "
+            f"{', '.join(versions)}; {here['isa']}, float32, 1 thread; rounds: {options.rounds}.",
+            "",
+            "| figure | measured | wanted | |",
+            "| --- | ---: | ---: | --- |",
+            *rows,
+            "",
+            *notes,
+        ]
+    )
+    print(block)
+    if options.markdown is not None:
+        text = options.markdown.read_text(encoding="utf-8")
+        before, first, behind = text.partition(FIRST)
+        _, last, after = behind.partition(LAST)
+        if not (first and last):
+            parser.error(f"--markdown: {options.markdown} has no {FIRST.strip()} ... {LAST}")
+        options.markdown.write_text(before + first + block + last + after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
