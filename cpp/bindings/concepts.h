@@ -8,5 +8,6 @@ void bind_runtime(pybind11::module_& m);
 void bind_recurrent(pybind11::module_& m);
 void bind_functional(pybind11::module_& m);
 void bind_readout(pybind11::module_& m);
+void bind_random(pybind11::module_& m);
 
 }  // namespace fastbptt::bindings

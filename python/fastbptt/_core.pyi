@@ -107,6 +107,12 @@ def readout_loss(
 def readout_nbytes(K: int, N: int, rows: int, is_double: bool) -> int:
     """Return what `readout_loss` with gradients takes for itself, at most."""
 
+def philox(counter: list[int], key: int) -> list[int]:
+    """Return the block of Philox4x32-10 at this counter of four words."""
+
+def draw_mask(key: int, draw: int, layer: int, step: int, row: int, p: float, n: int) -> Array:
+    """Return 0 with probability p, else 1, for the first n units of a place: fastbptt/random.h."""
+
 def packed_rows(batch_sizes: int, T: int) -> int:
     """Return the sum of the int64 sizes at this address; -1 if one rises or is under 1."""
 
