@@ -1,4 +1,4 @@
-# One object library an instruction set, all from the same source.
+# One object library an instruction set, all from the same sources.
 #
 # Inline functions of the same name in two such objects would be merged by the linker, and the one
 # with the wrong instructions might stay. So Eigen is renamed in each (-DEigen=Eigen_<isa>), the
@@ -30,11 +30,11 @@ if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
 endif()
 
 # target: an interface library that carries the objects of every ISA and their names.
-function(fastbptt_add_isa_targets target source)
+function(fastbptt_add_isa_targets target)
   add_library(${target} INTERFACE)
   foreach(isa IN LISTS FASTBPTT_ISAS)
     set(objects ${target}_${isa})
-    add_library(${objects} OBJECT ${source})
+    add_library(${objects} OBJECT ${ARGN})
     target_include_directories(${objects} PRIVATE cpp/include cpp/src)
     target_compile_definitions(${objects} PRIVATE
       FASTBPTT_ISA=${isa} Eigen=Eigen_${isa}

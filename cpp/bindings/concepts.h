@@ -9,5 +9,6 @@ void bind_recurrent(pybind11::module_& m);
 void bind_functional(pybind11::module_& m);
 void bind_readout(pybind11::module_& m);
 void bind_random(pybind11::module_& m);
+void bind_online(pybind11::module_& m);
 
 }  // namespace fastbptt::bindings

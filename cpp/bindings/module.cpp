@@ -10,4 +10,5 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
   fastbptt::bindings::bind_functional(m);
   fastbptt::bindings::bind_readout(m);
   fastbptt::bindings::bind_random(m);
+  fastbptt::bindings::bind_online(m);
 }

@@ -22,26 +22,33 @@ from fastbptt.embedding import Embedding
 from fastbptt.layers import GRU, LSTM, RNN
 from fastbptt.linear import Linear
 from fastbptt.model import Model
+from fastbptt.online import RTRL, UORO, EProp, SnAp1
 from fastbptt.optimizers import SGD, Adam, RMSprop, clip_grad_norm
 from fastbptt.runtime import cpu_info, get_num_threads, set_num_threads
 from fastbptt.schedules import Full, Truncated
 from fastbptt.segmented import Segmented
 from fastbptt.storage import load, save
+from fastbptt.stream import Stream
 from fastbptt.training import each_window, evaluate, value_and_grad
 
 __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "RTRL",
     "SGD",
+    "UORO",
     "Adam",
     "Checkpointed",
+    "EProp",
     "Embedding",
     "Full",
     "Linear",
     "Model",
     "RMSprop",
     "Segmented",
+    "SnAp1",
+    "Stream",
     "Truncated",
     "__version__",
     "clip_grad_norm",

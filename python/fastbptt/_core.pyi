@@ -171,3 +171,57 @@ class Verbs:
         grad_weights: list[int],
         threads: int,
     ) -> None: ...
+
+class Block:
+    """Some steps of all streams, checked; `prediction` `[n, B, N]` is filled as they are run."""
+
+    @property
+    def prediction(self) -> Array: ...
+
+class Stream:
+    """B streams through embedding, recurrent layers and readout, learning as they run.
+
+    Time comes first in all arrays. `weights` is as for `Stack`; `k1` and `k2` are read for the rule
+    "Truncated", `seed` for "UORO". A loss other than "cross_entropy" or "mse" takes `attempt` and
+    `keep` in place of `push`.
+    """
+
+    def __init__(
+        self,
+        cell: str,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int,
+        dtype: str,
+        B: int,
+        rule: str,
+        k1: int,
+        k2: int,
+        seed: int,
+        loss: str,
+        weights: list[Array | None],
+        embedding: Array | None,
+        readout: Array | None,
+        readout_bias: Array | None,
+    ) -> None: ...
+    def open(
+        self,
+        n: int,
+        x: Array | None,
+        x_mask: Array | None,
+        target: Array | None,
+        target_mask: Array | None,
+        ignore_index: int,
+    ) -> Block:
+        """Check n steps; masks are uint8 `[n, B]`, zero where something is missing."""
+    def push(self, block: Block, begin: int, end: int) -> tuple[float, int]:
+        """Run steps and keep them; return the sum of their losses and how many targets counted."""
+    def attempt(self, block: Block, t: int) -> Array:
+        """Run a step, which `keep` may then keep; return the predictions of the block."""
+    def keep(self, grad: Array | None) -> None:
+        """Keep the step tried last, with the gradient `[1, B, N]` of its prediction."""
+    def gather(self, grads: list[Array]) -> None:
+        """Add the gradients since the last gather to arrays in the order of the parameters."""
+    def reset(self, rows: Array) -> None: ...
+    def state(self) -> dict[str, Array]: ...
+    def set_state(self, state: dict[str, Any]) -> None: ...

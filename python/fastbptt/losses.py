@@ -280,7 +280,7 @@ class _Custom:
         target = self._target
         if target is not None:
             target = target[:, begin:end] if self._batch_first else target[begin:end]
-        value, grad = _as_pair(self._loss(output, target, slice(begin, end)))
+        value, grad = as_pair(self._loss(output, target, slice(begin, end)))
         if grads is None:
             return value, None
         grad = as_array("grad_output of loss", grad, output.dtype)
@@ -312,7 +312,8 @@ class _Custom:
         return self._readout.weights["weight"], self._readout.weights.get("bias")
 
 
-def _as_pair(result: Any) -> tuple[float, Any]:
+def as_pair(result: Any) -> tuple[float, Any]:
+    """Return value and gradient of what a callable loss returned."""
     try:
         value, grad = result
         return float(value), grad

@@ -36,7 +36,7 @@ __attribute__((always_inline)) inline void philox(std::uint32_t* words, std::uin
 }
 
 // What a number is drawn for: each use has numbers of its own.
-enum class Draw : std::uint32_t { dropout, recurrent_dropout, zoneout_h, zoneout_c };
+enum class Draw : std::uint32_t { dropout, recurrent_dropout, zoneout_h, zoneout_c, sign };
 
 // The place of the numbers of one row. Both directions of layer l count as layers: l * D + d.
 struct Place {

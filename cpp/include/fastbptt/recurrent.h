@@ -30,6 +30,10 @@ struct Interrupted : std::exception {
 // last.
 Index tape_size(const StackShape& shape, Index T, Index B);
 
+// Puts the tape of one step into the tape of T steps as its step t.
+template <class S>
+void copy_tape_step(const StackShape& shape, Index B, const S* step, S* tape, Index T, Index t);
+
 // Some steps of a sequence: n >= 0 of them, of all B rows.
 //   x      [n, B, I]; may be null if n is 0
 //   y      [n, B, H]; must not overlap x

@@ -1,10 +1,12 @@
 // The kernels of the instruction set that runs.
 #pragma once
 #include "kernels/kernel_table.h"
+#include "online/online_kernels.h"
 
 namespace fastbptt {
 
 // Chosen once a process; see cpu_info.
 const KernelTable& kernels();
+const OnlineTable& online_table();
 
 }  // namespace fastbptt

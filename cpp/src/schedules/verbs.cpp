@@ -384,6 +384,20 @@ Index tape_size(const StackShape& shape, Index T, Index B) {
   return TapeLayout<float>{shape, T, B}.size();
 }
 
+template <class S>
+void copy_tape_step(const StackShape& shape, Index B, const S* step, S* tape, Index T, Index t) {
+  const TapeLayout<const S> from{shape, 1, B};
+  const TapeLayout<S> to{shape, T, B};
+  for (Index l = 0; l < shape.num_layers; ++l) {
+    std::copy_n(from.layer(step, l).data, from.layer_size(), to.layer(tape, l).at(t));
+    if (l == shape.num_layers - 1) break;
+    std::copy_n(from.y(step, l).data, from.y_size(), to.y(tape, l).at(t));
+  }
+}
+
+template void copy_tape_step(const StackShape&, Index, const float*, float*, Index, Index);
+template void copy_tape_step(const StackShape&, Index, const double*, double*, Index, Index);
+
 template class Session<float>;
 template class Session<double>;
 
