@@ -1,8 +1,9 @@
-"""The table that a run of the benchmarks ends with."""
+"""The tables that benchmarks end with, and where they go."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -23,3 +24,12 @@ def table(rows: list[Row]) -> list[str]:
         f"  {row.peak_bytes / 1e6:9.1f}"
         for row in rows
     ]
+
+
+def put_between(path: Path, first: str, last: str, block: str) -> None:
+    """Replace what a file has between two lines."""
+    before, found, behind = path.read_text(encoding="utf-8").partition(first)
+    _, found_last, after = behind.partition(last)
+    if not (found and found_last):
+        raise SystemExit(f"{path} has no {first.strip()} ... {last}")
+    path.write_text(before + first + block + last + after, encoding="utf-8")

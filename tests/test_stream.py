@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import json
 import os
 import signal
@@ -447,3 +449,10 @@ def test_the_repr_and_config_say_what_it_is():
     stream = make_stream(fb.UORO(seed=3, every=2), batch_size=2)
     assert "UORO(seed=3, every=2)" in repr(stream)
     assert json.dumps(stream.state_dict()["config"])
+
+
+@pytest.mark.parametrize("module", ["fastbptt.online", "fastbptt.stream"])
+def test_docstring_examples(module):
+    outcome = doctest.testmod(importlib.import_module(module))
+    assert outcome.attempted > 10
+    assert outcome.failed == 0
