@@ -187,6 +187,54 @@ def forget_bias(weights: Mapping[str, Array], hidden_size: int, value: float) ->
             weight[forget] = 0.0
 
 
+def chrono(
+    weights: Mapping[str, Array], hidden_size: int, longest: float, rng: np.random.Generator
+) -> None:
+    """Set the biases of the gates for memories of up to `longest` steps (Tallec & Ollivier 2018).
+
+    A gate that is held at f forgets over about `1/(1 - f)` steps; with `f = s(b)` that is
+    `1 + exp(b)`. So `b = log(u)`, u uniform over `[1, longest - 1)`, spreads the units over all
+    spans of time up to `longest`. In an LSTM the forget gate gets b and the input gate -b, in a GRU
+    the update gate z, which keeps the old state, gets b; the other gates get 0. It goes into
+    `bias_ih`, and `bias_hh` becomes zero.
+
+    Parameters
+    ----------
+    weights : mapping of str to ndarray
+        The parameters of LSTM or GRU layers, `bias_ih_l0` and so on; written.
+    hidden_size : int
+        H; four gates i, f, g, o or three r, z, n are stacked.
+    longest : float
+        The longest span between a cause and its effect that is expected, in steps; above 2.
+    rng : numpy.random.Generator
+        Where the numbers come from.
+
+    References
+    ----------
+    C. Tallec and Y. Ollivier, "Can recurrent neural networks warp time?", ICLR 2018.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastbptt import initialisers
+    >>> weights = {"bias_ih_l0": np.ones(8), "bias_hh_l0": np.ones(8)}
+    >>> initialisers.chrono(weights, 2, 100, np.random.default_rng(0))
+    >>> i, f, g, o = weights["bias_ih_l0"].reshape(4, 2)
+    >>> bool((f > 0).all() and (f < np.log(99)).all() and (i == -f).all())
+    True
+    """
+    for name, weight in weights.items():
+        if not name.startswith("bias"):
+            continue
+        weight.fill(0.0)
+        if name.startswith("bias_ih"):
+            gates = weight.reshape(-1, hidden_size)
+            bias = np.log(rng.uniform(1.0, longest - 1.0, hidden_size))
+            gates[1] = bias  # f of the LSTM, z of the GRU
+            if len(gates) == 4:
+                gates[0] = -bias
+
+
 LAYERS: dict[str, Callable[[Mapping[str, Array], int, np.random.Generator], None]] = {
     "uniform": uniform_layers,
     "orthogonal": orthogonal_layers,

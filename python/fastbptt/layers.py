@@ -72,12 +72,34 @@ class Recurrent(Part, Generic[StateT]):
             self.dtype,
         )
 
-    def _initialise(self, init: str, seed: Any) -> None:
+    def _initialise(
+        self,
+        init: str,
+        seed: Any,
+        *,
+        forget_bias: float | None = None,
+        chrono: float | None = None,
+    ) -> None:
         if init not in initialisers.LAYERS:
             raise ValueError(f"init: got {init!r}, wanted 'uniform' or 'orthogonal'")
+        biases = {"forget_bias": forget_bias, "chrono": chrono}
+        given = {name: as_finite(name, v) for name, v in biases.items() if v is not None}
+        if len(given) == 2:
+            raise ValueError(
+                f"chrono: got {chrono!r} beside forget_bias={forget_bias!r}, wanted one of them"
+            )
+        for name, value in given.items():
+            if not self.bias:
+                raise ValueError(f"{name}: got {biases[name]!r} with bias=False, wanted None")
+            if name == "chrono" and value <= 2.0:
+                raise ValueError(f"chrono: got {chrono!r}, wanted more than 2 steps")
         rng = as_rng(seed)
         self._allocate()
         initialisers.LAYERS[init](self._weights, self.hidden_size, rng)
+        if "forget_bias" in given:
+            initialisers.forget_bias(self._weights, self.hidden_size, given["forget_bias"])
+        if "chrono" in given:
+            initialisers.chrono(self._weights, self.hidden_size, given["chrono"], rng)
 
     def _settings(self) -> dict[str, Any]:
         return {
@@ -428,11 +450,15 @@ class LSTM(Recurrent[tuple[Array, Array]]):
     forget_bias : float, optional
         Initial bias of the forget gate, in `bias_ih`, with zero in `bias_hh`; 1 is usual
         (Jozefowicz et al. 2015). By default it is drawn as the others are.
+    chrono : float, optional
+        In place of `forget_bias`: the longest memory that is expected, in steps, above 2. The
+        biases start so that the units spread over all spans up to it (Tallec & Ollivier 2018).
 
     Raises
     ------
     ValueError
-        A size is not positive, sizes overflow, a choice is unknown, or `forget_bias` has no bias.
+        A size is not positive, sizes overflow, a choice is unknown, or `forget_bias` or `chrono`
+        has no bias to set, or both are given.
     TypeError
         A size is no integer, or a switch no bool.
     MemoryError
@@ -466,6 +492,7 @@ class LSTM(Recurrent[tuple[Array, Array]]):
         seed: Any = None,
         init: str = "uniform",
         forget_bias: float | None = None,
+        chrono: float | None = None,
     ) -> None:
         self._configure(
             input_size=input_size,
@@ -475,12 +502,7 @@ class LSTM(Recurrent[tuple[Array, Array]]):
             batch_first=batch_first,
             dtype=dtype,
         )
-        value = None if forget_bias is None else as_finite("forget_bias", forget_bias)
-        if value is not None and not self.bias:
-            raise ValueError(f"forget_bias: got {forget_bias!r} with bias=False, wanted None")
-        self._initialise(init, seed)
-        if value is not None:
-            initialisers.forget_bias(self._weights, self.hidden_size, value)
+        self._initialise(init, seed, forget_bias=forget_bias, chrono=chrono)
 
     def _cell(self) -> str:
         return "lstm"
@@ -520,11 +542,14 @@ class GRU(Recurrent[Array]):
         Of the initial parameters; a new one each time by default.
     init : {"uniform", "orthogonal"}
         PyTorch's default, or orthogonal recurrent matrices (Saxe et al. 2014).
+    chrono : float, optional
+        The longest memory that is expected, in steps, above 2: the biases start so that the units
+        spread over all spans up to it (Tallec & Ollivier 2018). By default they are drawn.
 
     Raises
     ------
     ValueError
-        A size is not positive, sizes overflow, or a choice is unknown.
+        A size is not positive, sizes overflow, a choice is unknown, or `chrono` has no bias to set.
     TypeError
         A size is no integer, or a switch no bool.
     MemoryError
@@ -558,6 +583,7 @@ class GRU(Recurrent[Array]):
         dtype: DTypeLike = "float32",
         seed: Any = None,
         init: str = "uniform",
+        chrono: float | None = None,
     ) -> None:
         self._configure(
             input_size=input_size,
@@ -568,7 +594,7 @@ class GRU(Recurrent[Array]):
             batch_first=batch_first,
             dtype=dtype,
         )
-        self._initialise(init, seed)
+        self._initialise(init, seed, chrono=chrono)
 
     def _configure(self, *, reset_after: bool, **settings: Any) -> None:
         self.reset_after = as_bool("reset_after", reset_after)
