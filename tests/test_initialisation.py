@@ -12,6 +12,7 @@ from reference import CELLS, GATES, make_layer
 PARTS = {
     **{cell: lambda cell=cell, **o: make_layer(cell, 7, 9, 2, **o) for cell in CELLS},
     "orthogonal": lambda **o: fb.LSTM(7, 9, 2, init="orthogonal", forget_bias=1.0, **o),
+    "chrono": lambda **o: fb.GRU(7, 9, 2, init="orthogonal", chrono=30, **o),
     "embedding": lambda **o: fb.Embedding(11, 3, **o),
     "linear": lambda **o: fb.Linear(7, 9, **o),
 }
@@ -124,3 +125,55 @@ def test_a_forget_bias_of_zero_is_one():
     weights = fb.LSTM(3, 4, seed=0, forget_bias=0.0).weights
     assert not weights["bias_ih_l0"][4:8].any()
     assert weights["bias_ih_l0"][:4].any()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "gru_reset_before"])
+class TestChrono:
+    def test_spans_are_even_up_to_the_longest(self, cell, dtype):
+        longest, H = 200, 400
+        weights = make_layer(cell, 3, H, 2, dtype=dtype, seed=0, chrono=longest).weights
+        gates = GATES[cell]
+        drawn = []
+        for k in range(2):
+            assert not weights[f"bias_hh_l{k}"].any()
+            bias = weights[f"bias_ih_l{k}"].reshape(gates, H)
+            keeps = bias[1]  # f of the LSTM, z of the GRU: what is left of the old state
+            # A gate of s(b) halves what it keeps over spans that grow with 1 / (1 - s(b)).
+            spans = 1 / (1 - 1 / (1 + np.exp(-keeps.astype(np.float64))))
+            assert spans.min() >= 2 * (1 - 1e-5)
+            assert spans.max() <= longest * (1 + 1e-5)
+            assert_uniform((spans - 2) / (longest - 2) * 2 - 1, 1.0)
+            if cell == "lstm":
+                np.testing.assert_array_equal(bias[0], -keeps)
+            others = [2, 3] if cell == "lstm" else [0, 2]
+            assert not bias[others].any()
+            drawn.append(keeps)
+        assert not np.array_equal(*drawn)
+
+    @pytest.mark.parametrize("init", ["uniform", "orthogonal"])
+    def test_the_matrices_are_those_of_init(self, cell, dtype, init):
+        plain = make_layer(cell, 3, 4, 2, dtype=dtype, seed=0, init=init).weights
+        chrono = make_layer(cell, 3, 4, 2, dtype=dtype, seed=0, init=init, chrono=50).weights
+        for name, weight in chrono.items():
+            if name.startswith("weight"):
+                np.testing.assert_array_equal(weight, plain[name])
+
+    def test_what_cannot_be_is_named(self, cell, dtype):
+        for value in (2, 1.5, -3, float("inf"), float("nan")):
+            with pytest.raises(ValueError, match="chrono: got"):
+                make_layer(cell, 3, 4, dtype=dtype, chrono=value)
+        with pytest.raises(ValueError, match="chrono: got 9 with bias=False"):
+            make_layer(cell, 3, 4, dtype=dtype, bias=False, chrono=9)
+        with pytest.raises(TypeError, match="chrono: got True"):
+            make_layer(cell, 3, 4, dtype=dtype, chrono=True)
+
+
+def test_a_forget_bias_and_chrono_exclude_each_other():
+    with pytest.raises(ValueError, match="chrono: got 9 beside forget_bias=1.0"):
+        fb.LSTM(3, 4, forget_bias=1.0, chrono=9)
+
+
+def test_an_rnn_has_no_gate_to_set():
+    with pytest.raises(TypeError):
+        fb.RNN(3, 4, chrono=9)

@@ -18,6 +18,7 @@ from importlib.metadata import version as _version
 
 from fastbptt.checkpointing import Checkpointed
 from fastbptt.comparison import segmentation_error
+from fastbptt.diagnostics import GradientFlow, gradient_flow
 from fastbptt.embedding import Embedding
 from fastbptt.layers import GRU, LSTM, RNN
 from fastbptt.linear import Linear
@@ -43,6 +44,7 @@ __all__ = [
     "EProp",
     "Embedding",
     "Full",
+    "GradientFlow",
     "Linear",
     "Model",
     "RMSprop",
@@ -56,6 +58,7 @@ __all__ = [
     "each_window",
     "evaluate",
     "get_num_threads",
+    "gradient_flow",
     "load",
     "save",
     "segmentation_error",
