@@ -175,6 +175,19 @@ def test_an_rnn_is_a_product_of_its_recurrent_matrix(rng):
     np.testing.assert_array_equal(flow.distance, np.arange(60)[::-1])
 
 
+@pytest.mark.parametrize("cell", CELLS)
+def test_an_exploding_gradient_is_shown_and_not_warned_of(cell):
+    layer = make_layer(cell, 1, 4, seed=0)
+    for name, weight in layer.weights.items():
+        weight[...] = 1e3 * np.eye(len(weight), weight.shape[1]) if "weight" in name else 0.0
+    x, target = np.full((30, 1, 1), 1e-30, np.float32), np.ones((30, 1, 4), np.float32)
+    flow = fb.gradient_flow(fb.Model(layer), x, target, lambda *_: (0.0, target[:1].copy()))
+    assert flow.h.shape == (1, 30)
+    if cell == "rnn_tanh":
+        assert "|dL/dh| is inf, 13 steps before it" in str(flow.exploding())
+        assert flow.exploding()
+
+
 @given(
     cell=st.sampled_from(CELLS),
     sizes=st.tuples(*[st.sampled_from([1, 2, 5, 17, 40])] * 3),

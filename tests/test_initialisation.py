@@ -139,7 +139,7 @@ class TestChrono:
             assert not weights[f"bias_hh_l{k}"].any()
             bias = weights[f"bias_ih_l{k}"].reshape(gates, H)
             keeps = bias[1]  # f of the LSTM, z of the GRU: what is left of the old state
-            # A gate of s(b) halves what it keeps over spans that grow with 1 / (1 - s(b)).
+            # A gate that is held at f forgets over about 1 / (1 - f) steps.
             spans = 1 / (1 - 1 / (1 + np.exp(-keeps.astype(np.float64))))
             assert spans.min() >= 2 * (1 - 1e-5)
             assert spans.max() <= longest * (1 + 1e-5)
@@ -170,7 +170,7 @@ class TestChrono:
 
 
 def test_a_forget_bias_and_chrono_exclude_each_other():
-    with pytest.raises(ValueError, match="chrono: got 9 beside forget_bias=1.0"):
+    with pytest.raises(ValueError, match=r"chrono: got 9 beside forget_bias=1\.0"):
         fb.LSTM(3, 4, forget_bias=1.0, chrono=9)
 
 

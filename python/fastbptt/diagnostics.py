@@ -158,17 +158,13 @@ class GradientFlow:
             near, far, half_life = float(norms[-1]), float(norms[0]), self.half_life(place)
             times = _ratio(near, far)
             holds = times > factor
-            text = (
-                f"layer {place} {'vanishes' if holds else 'does not vanish'}: {self._ends(norms)}"
-            )
-            if np.isfinite(norms).all() and near > 0.0 and len(norms) > 1:
-                if far > 0.0:
-                    more = times if times >= 1.0 else 1.0 / times
-                    text += f", {more:.3g} times {'less' if times >= 1.0 else 'more'}"
-                else:
-                    text += f", from {_steps(_reach(norms) + 1)} before it on"
-                if math.isfinite(half_life):
-                    text += f"; it halves every {half_life:.1f} steps"
+            says = "vanishes" if holds else "does not vanish"
+            text = f"layer {place} {says}: {self._ends(norms)}"
+            if math.isfinite(times) and times > 0.0 and len(norms) > 1 and far > 0.0:
+                more = times if times >= 1.0 else 1.0 / times
+                text += f", {more:.3g} times {'less' if times >= 1.0 else 'more'}"
+            if math.isfinite(half_life):
+                text += f"; it halves every {half_life:.1f} steps"
             figures = {"layer": place, "target": near, "first": far, "half_life": half_life}
             found.append((holds, text, figures))
         return _verdict(found)
@@ -279,7 +275,11 @@ class GradientFlow:
         n, near, far = len(norms), norms[-1], norms[0]
         if n == 1:
             return f"there is but one step, with |dL/dh| {near:.3g}"
-        return f"|dL/dh| is {near:.3g} at the target and {far:.3g} {_steps(n - 1)} before it"
+        text = f"|dL/dh| is {near:.3g} at the target and"
+        if far == 0.0 and near > 0.0:
+            reach = n - 1 - int(np.flatnonzero(norms)[0])
+            return f"{text} 0 from {_steps(reach + 1)} before it on"
+        return f"{text} {far:.3g} {_steps(n - 1)} before it"
 
 
 def gradient_flow(
@@ -439,6 +439,8 @@ class _Walk:
         self.c: Array | None = None
         self.weights: dict[str, Array] = {}
 
+    # What has exploded is to be shown, not warned of.
+    @np.errstate(over="ignore", invalid="ignore")
     def back(self, grad_y: Array, contributions: bool) -> Array:
         """Note the norms on the way back; return the gradient with respect to x.
 
@@ -557,11 +559,6 @@ def _ratio(a: float, b: float) -> float:
     if a == b or not math.isfinite(a):
         return 1.0 if a == b else math.nan
     return a / b if b else math.inf
-
-
-def _reach(norms: Array) -> int:
-    """Return the largest distance at which there is a gradient."""
-    return len(norms) - 1 - int(np.flatnonzero(norms)[0])
 
 
 def _steps(count: int) -> str:

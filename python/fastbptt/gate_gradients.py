@@ -87,8 +87,7 @@ def gate_gradients(
         return _gru(weights, steps, grad_h)
     if cell == "gru_reset_before":
         return _gru_reset_before(weights, steps, grad_h)
-    slope = (1 - steps.h**2) if cell == "rnn_tanh" else (steps.h > 0)
-    grad = grad_h * slope
+    grad = grad_h * (1 - steps.h**2) if cell == "rnn_tanh" else np.where(steps.h > 0, grad_h, 0)
     return Errors(None, grad, grad, ((slice(None), steps.h_before),))
 
 

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from typing import Any
 
 from fastbptt.bench.report import Point
 
 _STYLES = {"fastbptt": "-", "numpy": ":", "torch": "--", "jax": "-."}
-
-
-def can_plot() -> bool:
-    """Whether matplotlib is installed; it is not imported."""
-    return importlib.util.find_spec("matplotlib") is not None
 
 
 def plot(path: str, points: list[Point], title: str) -> None:

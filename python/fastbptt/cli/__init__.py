@@ -1,4 +1,4 @@
-"""The command line: `fastbptt train`, `fastbptt sample` and `fastbptt bench`."""
+"""The command line: `fastbptt train`, `sample`, `bench` and `flow`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from fastbptt.cli import options
 from fastbptt.cli.bench import bench
 from fastbptt.cli.errors import RunError, UsageError
+from fastbptt.cli.flow import flow
 from fastbptt.cli.sample import sample
 from fastbptt.cli.train import train
 
 __all__ = ["main"]
 
-_COMMANDS = {"train": train, "sample": sample, "bench": bench}
+_COMMANDS = {"train": train, "sample": sample, "bench": bench, "flow": flow}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

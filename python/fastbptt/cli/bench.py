@@ -14,7 +14,7 @@ from fastbptt.bench.matrix_product import SIZE
 from fastbptt.bench.memory_report import plot as plot_memory
 from fastbptt.bench.memory_step import TORCH
 from fastbptt.bench.peak_memory import peak_memory
-from fastbptt.bench.plot import can_plot, plot
+from fastbptt.bench.plot import plot
 from fastbptt.bench.problems import Problem, lengths_of, read_problems
 from fastbptt.bench.report import Point, heading, lines
 from fastbptt.bench.timing import time_problem
@@ -80,19 +80,10 @@ def _bench_memory(arguments: argparse.Namespace) -> int:
 
 def _check_files(arguments: argparse.Namespace) -> None:
     """Refuse, before the work, what could not be written after it."""
-    for option, path in (("--json", arguments.json), ("--plot", arguments.plot)):
-        if path is not None:
-            files.check_writable(path, option)
-    if arguments.plot is None:
-        return
-    if not arguments.plot.lower().endswith(".png"):
-        raise UsageError(f"--plot: got {arguments.plot!r}, wanted a name that ends with .png")
-    if arguments.json is not None and files.same_file(arguments.json, arguments.plot):
-        raise UsageError(f"--plot: got {arguments.plot!r}, where --json writes too")
-    if not can_plot():
-        raise UsageError(
-            "--plot: matplotlib is not installed; wanted: pip install 'fastbptt[plot]'"
-        )
+    if arguments.json is not None:
+        files.check_writable(arguments.json, "--json")
+    if arguments.plot is not None:
+        files.check_picture(arguments.plot, "--plot", arguments.json)
 
 
 def _problems(arguments: argparse.Namespace) -> list[Problem]:

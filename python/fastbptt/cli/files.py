@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from collections.abc import Callable
@@ -54,6 +55,20 @@ def check_writable(path: str, option: str) -> None:
         raise UsageError(f"{option}: no folder {str(target.parent)!r} to write {path!r} in")
     if not os.access(target.parent, os.W_OK | os.X_OK):
         raise UsageError(f"{option}: the folder {str(target.parent)!r} cannot be written to")
+
+
+def check_picture(path: str, option: str, json: str | None) -> None:
+    """Refuse a picture that could not be drawn, or would be written where `--json` writes."""
+    check_writable(path, option)
+    if not path.lower().endswith(".png"):
+        raise UsageError(f"{option}: got {path!r}, wanted a name that ends with .png")
+    if json is not None and same_file(json, path):
+        raise UsageError(f"{option}: got {path!r}, where --json writes too")
+    # It is not imported before it is used.
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError(
+            f"{option}: matplotlib is not installed; wanted: pip install 'fastbptt[plot]'"
+        )
 
 
 def same_file(a: str, b: str) -> bool:

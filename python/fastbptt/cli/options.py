@@ -64,6 +64,18 @@ there is, is left out.
 
 T is steps, B rows of the batch, I inputs and H hidden units."""
 
+_FLOW = """\
+Show how large the gradient of a loss is at each step on its way back through time.
+
+The loss is that of the last of --steps steps, the mean over --rows rows. For each layer, the norm
+of dL/dh at the target and at the first step, over how many steps it halves, and whether it has
+vanished or exploded on the way, by a factor of 1000. The picture shows dL/dh and dL/dc at each
+step, and what each step adds to the gradients of the parameters.
+
+With a MODEL that `fastbptt train` has saved, x and target are stretches of what it was trained on,
+evenly apart; FILE or --series says where that is now, if it has moved. With another model, or with
+--random, they are noise. Without MODEL a new RNN, LSTM and GRU are compared, on noise."""
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -101,6 +113,15 @@ def parser() -> argparse.ArgumentParser:
             "bench",
             help="time training steps beside NumPy, torch and JAX",
             description=_BENCH,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+    )
+    _add_flow(
+        commands.add_parser(
+            "flow",
+            help="show how far back in time the gradient of a model reaches",
+            description=_FLOW,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
@@ -263,6 +284,30 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
         help="also measure the first problem at several T, and draw time and peak memory against "
         "T; takes matplotlib and some minutes. With --memory: draw what is measured of the first",
     )
+
+
+def _add_flow(flow: argparse.ArgumentParser) -> None:
+    flow.add_argument("model", nargs="?", metavar="MODEL", help="a saved model")
+    flow.add_argument("file", nargs="?", metavar="FILE", help="the text it was trained on")
+    flow.add_argument("--series", metavar="FILE.csv", help="the table it was trained on")
+    flow.add_argument("--column", metavar="NAME", help="the column of the table")
+    flow.add_argument("--random", action="store_true", help="noise in place of the data")
+    flow.add_argument(
+        "--steps", type=whole(1), default=200, metavar="N", help="up to the target, default 200"
+    )
+    flow.add_argument("--rows", type=whole(1), default=16, metavar="N", help="default 16")
+    flow.add_argument(
+        "--targets",
+        choices=("last", "all"),
+        default="last",
+        help="whose loss: of the last step (default) or of all; of all, only growth can be told",
+    )
+    flow.add_argument("--hidden", type=whole(1), metavar="N", help="without MODEL; default 64")
+    flow.add_argument("--seed", type=whole(0), default=0, metavar="N", help="default 0")
+    flow.add_argument(
+        "--plot", metavar="FILE.png", default="flow.png", help="the picture, default flow.png"
+    )
+    flow.add_argument("--json", metavar="FILE", help="write the norms here too, as JSON")
 
 
 def some_of(choices: Sequence[str]) -> Callable[[str], tuple[str, ...]]:

@@ -16,9 +16,8 @@ from fastbptt.cli import files, saved
 from fastbptt.cli.data import Data, stream_starts
 from fastbptt.cli.errors import RunError, UsageError
 from fastbptt.cli.options import DEFAULT_MODEL
-from fastbptt.cli.series import read_series
 from fastbptt.cli.settings import DEFAULT_SECONDS, Settings
-from fastbptt.cli.text import read_text
+from fastbptt.cli.sources import given_source, open_again, open_source
 
 _OPTIMIZERS = {"adam": fb.Adam, "sgd": fb.SGD, "rmsprop": fb.RMSprop}
 
@@ -71,7 +70,7 @@ class Run:
 
 def start(arguments: argparse.Namespace) -> Run:
     """Return a new run."""
-    data = _open(_source(arguments) or {"file": None})
+    data = open_source(given_source(arguments) or {"file": None})
     settings = Settings.choose(data.kind, data.targets, arguments)
     _check_options(arguments, data, settings)
     limits = Limits(arguments.steps, arguments.seconds, arguments.threads)
@@ -105,17 +104,8 @@ def resume(arguments: argparse.Namespace) -> Run:
     if optimizer is None:
         raise UsageError(f"--resume: {path!r} has no optimiser state to go on with")
     settings = Settings.resume(settings, arguments, path)
-    given = _source(arguments) or source
-    if given.keys() != source.keys():
-        raise UsageError(
-            f"--resume: got {_name(given)}, but {path!r} was trained on {_name(source)}"
-        )
-    data = _open(given)
-    if data.fingerprint() != fingerprint:
-        raise UsageError(
-            f"--resume: {path!r} was trained on {_name(source)}, with other content than "
-            f"{_name(given)} has now; wanted the same {data.kind}"
-        )
+    given = given_source(arguments)
+    data = open_again(source, given, fingerprint, path, "--resume")
     _check_options(arguments, data, settings)
     threads = kept.threads if arguments.threads is None else arguments.threads
     limits = Limits(arguments.steps, arguments.seconds, threads)
@@ -134,31 +124,6 @@ def _state(extra: dict[str, Any]) -> Any:
     """Return what `Run.save` split: nothing, one array, or the two of an LSTM."""
     arrays = tuple(extra[name] for name in ("state_0", "state_1") if name in extra)
     return arrays if len(arrays) > 1 else next(iter(arrays), None)
-
-
-def _source(arguments: argparse.Namespace) -> dict[str, Any] | None:
-    """Return what was given to train on, or None."""
-    if arguments.series is None:
-        if arguments.column is not None:
-            raise UsageError(f"--column: got {arguments.column!r} without --series FILE.csv")
-        return None if arguments.file is None else {"file": arguments.file}
-    if arguments.file is not None:
-        raise UsageError(f"FILE: got {arguments.file!r} beside --series; wanted one of the two")
-    if arguments.column is None:
-        raise UsageError("--series: wanted --column NAME with it")
-    return {"series": arguments.series, "column": arguments.column}
-
-
-def _open(source: dict[str, Any]) -> Data:
-    if "series" in source:
-        return read_series(source["series"], source["column"])
-    return read_text(source["file"])
-
-
-def _name(source: dict[str, Any]) -> str:
-    if "series" in source:
-        return f"column {source['column']!r} of {source['series']!r}"
-    return "pydoc_data.topics" if source["file"] is None else repr(source["file"])
 
 
 def _check_options(arguments: argparse.Namespace, data: Data, settings: Settings) -> None:
