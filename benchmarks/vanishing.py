@@ -198,8 +198,13 @@ def quick_configs() -> list[Config]:
     """A few runs of each kind, as small as they can be."""
     small = {"hidden": 16, "batch": 16, "updates": 300}
     adding = [Config("adding", 12, cell, **small) for cell in CELLS]
-    long = replace(adding[2], init="chrono", decay=True)
-    return [*adding, long, *(Config("copy", 8, cell, **small) for cell in CELLS)]
+    others = [
+        replace(adding[0], init="orthogonal"),
+        replace(adding[2], init="chrono"),
+        replace(adding[2], clip=0.0),
+        replace(adding[2], init="chrono", decay=True),
+    ]
+    return [*adding, *others, *(Config("copy", 8, cell, **small) for cell in CELLS)]
 
 
 def train(config: Config, folder: Path) -> dict[str, Any]:
