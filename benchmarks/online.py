@@ -29,7 +29,7 @@ from fastbptt.bench.machine import machine
 from report import put_between
 
 FIRST, LAST = "<!-- rules -->\n", "<!-- end of rules -->"
-B, HIDDEN, LR, MAX_NORM = 8, 24, 0.005, 1.0
+B, HIDDEN, LR, MAX_NORM = 4, 24, 0.005, 1.0
 SYMBOLS = 4
 IGNORED = -100
 
@@ -161,10 +161,10 @@ def run(task: Task, rule: Any, seed: int, T: int) -> tuple[float, float]:
     stream = fb.Stream(model, task.loss, rule, optimizer, max_norm=MAX_NORM)
     counts = np.isfinite(target[..., 0]) if task.loss == "mse" else target != IGNORED
     first = T - T // 5
-    start = time.perf_counter()
+    start = time.process_time()  # the machine may have other work
     for part in (slice(0, first), slice(first, T)):
         pushed = stream.push(x[part], target[part], target_mask=counts[part])
-    seconds = (time.perf_counter() - start) / T
+    seconds = (time.process_time() - start) / T
     return pushed.loss, seconds
 
 
@@ -231,7 +231,7 @@ def plot(path: Path, results: list[Result]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5, metavar="N")
-    parser.add_argument("--steps", type=int, default=15_000, metavar="T")
+    parser.add_argument("--steps", type=int, default=12_000, metavar="T")
     parser.add_argument("--markdown", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE")
     options = parser.parse_args()

@@ -90,7 +90,7 @@ class Stream:
     >>> stream = fb.Stream(model, "mse", fb.Truncated(1, 4), optimizer, batch_size=1)
     >>> x = np.random.default_rng(0).uniform(-1, 1, (1000, 1, 1)).astype(np.float32)
     >>> losses = [stream.push(x[t], x[t] + x[t - 1]).loss for t in range(1, 1000)]
-    >>> np.mean(losses[-100:]) < 0.1 * np.mean(losses[:100])
+    >>> bool(np.mean(losses[-100:]) < 0.1 * np.mean(losses[:100]))
     True
     """
 
@@ -425,6 +425,15 @@ class Stream:
             It is of another stream, or something in it is missing or wrong; nothing has changed.
         TypeError
             It is no mapping, or something in it has the wrong type.
+
+        Examples
+        --------
+        >>> import fastbptt as fb
+        >>> stream = fb.Stream(fb.Model(fb.GRU(3, 4)), "mse", fb.RTRL(), batch_size=2)
+        >>> other = fb.Stream(fb.Model(fb.GRU(3, 4)), "mse", fb.RTRL())
+        >>> other.load_state_dict(stream.state_dict())
+        >>> other.batch_size
+        2
         """
         if not isinstance(state, Mapping):
             raise TypeError(f"state: got {type(state).__name__}, wanted a mapping")
