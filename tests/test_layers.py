@@ -565,7 +565,7 @@ class TestBadInput:
         _, pair = lstm(x)
         _, single = gru(x)
         for call in (gru, gru.forward):
-            with pytest.raises(TypeError, match=r"state: got a tuple, wanted an array \[L, B, H\]"):
+            with pytest.raises(TypeError, match=r"got a tuple, wanted an array \[L\*D, B, H\]"):
                 call(x, pair)
         for call in (lstm, lstm.forward):
             with pytest.raises(TypeError, match=r"state: .*wanted a tuple \(h, c\)"):

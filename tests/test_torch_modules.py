@@ -561,16 +561,17 @@ def test_operators(kind):
     states = [part.requires_grad_() for part in states_of(kind, (2, B, H))]
     h, c = states if len(states) == 2 else (states[0], None)
     x = torch.randn(T, B, I, requires_grad=True)
-    torch.library.opcheck(_ops.record, (x, h, c, weights_of(layer), name, True, False, False))
+    torch.library.opcheck(_ops.record, (x, h, c, weights_of(layer), name, True, False, 1))
+    layer = getattr(ft, kind)(I, H, 2, bidirectional=True)
     frozen = [weight.detach() for weight in layer.parameters()]
     torch.library.opcheck(
-        _ops.advance, (x.detach().transpose(0, 1), None, None, frozen, name, True, True, False)
+        _ops.advance, (x.detach().transpose(0, 1), None, None, frozen, name, True, True, 2)
     )
 
 
 def test_operators_check_their_arguments():
     layer = ft.LSTM(I, H)
-    x, weights, how = torch.zeros(T, B, I), weights_of(layer), ("lstm", True, False, False)
+    x, weights, how = torch.zeros(T, B, I), weights_of(layer), ("lstm", True, False, 1)
     y, _, _, tape = _ops.record(x, None, None, weights, *how)
     needs = False, False, [True] * 4
     for call in (
@@ -578,6 +579,8 @@ def test_operators_check_their_arguments():
         lambda: _ops.advance(x, None, None, weights[:3], *how),
         lambda: _ops.advance(x, torch.zeros(1, B, H), None, weights, *how),
         lambda: _ops.advance(x, None, None, weights, "peephole", *how[1:]),
+        lambda: _ops.advance(x, None, None, weights, *how[:3], 0),
+        lambda: _ops.advance(x, None, None, weights, *how[:3], 2),
         lambda: _ops.reverse(x, None, None, weights, y, tape[1:], y, None, None, *how, *needs),
         lambda: _ops.reverse(x, None, None, weights, y, tape, y[1:], None, None, *how, *needs),
         lambda: _ops.reverse(
@@ -600,14 +603,15 @@ class Net(torch.nn.Module):
 
 
 def test_tape_size_is_that_of_the_core():
-    for name, bias, L in itertools.product(("rnn_tanh", "lstm", "gru"), (True, False), (1, 3)):
-        core = fb._core.Verbs(name, I, H, L, False, False)
+    cells = {"rnn_tanh": 1, "lstm": 4, "gru": 3}
+    for name, bias, L, D in itertools.product(cells, (True, False), (1, 3), (1, 2)):
+        core = fb._core.Verbs(name, I, H, L, D, False)
         weights = []
-        for layer in range(L):
-            G = {"rnn_tanh": 1, "lstm": 4, "gru": 3}[name] * H
-            weights += [torch.zeros(G, H if layer else I), torch.zeros(G, H)]
+        for k in range(L * D):
+            G = cells[name] * H
+            weights += [torch.zeros(G, D * H if k >= D else I), torch.zeros(G, H)]
             weights += [torch.zeros(G)] * 2 if bias else []
-        run = _verbs.Run(name, bias)
+        run = _verbs.Run(name, bias, directions=D)
         for steps, rows in ((1, 1), (7, 3), (300, 50)):
             x = torch.zeros(steps, rows, I)
             assert _verbs.tape_size(run, x, weights) == core.tape_size(steps, rows)

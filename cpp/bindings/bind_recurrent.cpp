@@ -19,11 +19,51 @@ struct StateArrays {
   State<const S> view;
 };
 
+// What is known of a batch beside its input, as the caller gave it.
+struct BatchOptions {
+  std::optional<std::vector<Index>> lengths;
+  std::optional<std::uint64_t> seed;
+
+  // From a dict of what there is, or None.
+  BatchOptions(const py::object& given, Index T, Index B) {
+    if (given.is_none()) return;
+    for (const auto& [key, value] : given.cast<py::dict>()) {
+      const std::string name = py::str(key);
+      if (name == "lengths")
+        lengths = checked_lengths(value, T, B);
+      else if (name == "seed")
+        seed = value.cast<std::uint64_t>();
+      else
+        throw py::type_error("batch: got '" + name + "', wanted lengths or seed");
+    }
+  }
+  BatchOptions() = default;
+
+  Batch view(Index T, Index B, Index begin) const {
+    return {T, B, lengths ? lengths->data() : nullptr, false, seed ? &*seed : nullptr, begin};
+  }
+
+ private:
+  static std::vector<Index> checked_lengths(const py::handle& value, Index T, Index B) {
+    const py::array array = contiguous(checked<Index>("lengths", value, {B}));
+    const std::vector<Index> all(data<Index>(array), data<Index>(array) + B);
+    for (const Index length : all) {
+      if (length < 0 || length > T) {
+        throw py::value_error("lengths: got " + std::to_string(length) + ", wanted from 0 to " +
+                              std::to_string(T));
+      }
+    }
+    return all;
+  }
+};
+
 // What one record kept, and all that its reverse needs again.
 struct TapeData {
   std::uint64_t stack = 0;  // Stack::id
   Index T = 0;
   Index B = 0;
+  Index begin = 0;  // the step of the sequence before which it begins
+  BatchOptions batch;
   std::atomic<bool> consumed{false};
   virtual Index nbytes() const = 0;
   virtual void clear() = 0;
@@ -60,8 +100,10 @@ class Session;
 class Stack {
  public:
   Stack(const std::string& cell, Index input_size, Index hidden_size, Index num_layers,
-        bool batch_first, const std::string& dtype, const py::list& weights)
+        bool batch_first, const std::string& dtype, const py::list& weights,
+        const py::dict& options)
       : shape_{cell_of(cell), input_size, hidden_size, num_layers}, batch_first_(batch_first) {
+    take(options);
     if (dtype != "float32" && dtype != "float64") {
       throw py::value_error("dtype: got '" + dtype + "', wanted 'float32' or 'float64'");
     }
@@ -74,9 +116,10 @@ class Stack {
                               ", wanted at least 1");
       }
     }
-    if (static_cast<Index>(weights.size()) != 4 * num_layers) {
+    const Index wanted = weights_a_layer * shape_.layers();
+    if (static_cast<Index>(weights.size()) != wanted) {
       throw py::value_error("weights: got " + std::to_string(weights.size()) + " arrays, wanted " +
-                            std::to_string(4 * num_layers));
+                            std::to_string(wanted));
     }
     if (is_double_)
       keep<double>(weights);
@@ -85,19 +128,22 @@ class Stack {
   }
 
   // For parts of at most `longest` steps of a sequence of T steps of B rows.
-  std::unique_ptr<Session> new_session(Index T, Index B, Index longest) const;
+  std::unique_ptr<Session> new_session(Index T, Index B, Index longest, const py::object& batch,
+                                       Index begin) const;
 
-  // Of the tape of T steps of B rows.
+  // Of the tape of T steps of B rows as long as each other.
   Index tape_nbytes(Index T, Index B) const {
     return tape_size(shape_, T, B) * Index(is_double_ ? sizeof(double) : sizeof(float));
   }
 
   // A whole sequence in one call.
-  py::tuple advance(const py::object& x, const py::object& state) const {
-    return is_double_ ? whole_advance<double>(x, state) : whole_advance<float>(x, state);
+  py::tuple advance(const py::object& x, const py::object& state, const py::object& batch) const {
+    return is_double_ ? whole_advance<double>(x, state, batch)
+                      : whole_advance<float>(x, state, batch);
   }
-  py::tuple record(const py::object& x, const py::object& state) const {
-    return is_double_ ? whole_record<double>(x, state) : whole_record<float>(x, state);
+  py::tuple record(const py::object& x, const py::object& state, const py::object& batch) const {
+    return is_double_ ? whole_record<double>(x, state, batch)
+                      : whole_record<float>(x, state, batch);
   }
   py::tuple reverse(const Tape& tape, const py::object& grad_y, const py::object& grad_state,
                     bool need_x) const {
@@ -109,19 +155,32 @@ class Stack {
   template <class>
   friend class SessionOf;
 
+  // What a stack may have beside cell, sizes and layers.
+  void take(const py::dict& options) {
+    for (const auto& [key, value] : options) {
+      const std::string name = py::str(key);
+      if (name == "bidirectional")
+        shape_.directions = value.cast<bool>() ? 2 : 1;
+      else if (name == "dropout")
+        shape_.dropout = value.cast<double>();
+      else
+        throw py::type_error("options: got '" + name + "', wanted bidirectional or dropout");
+    }
+  }
+
   template <class S>
   void keep(const py::list& weights) {
-    const Index rows = gates(shape_.cell) * shape_.hidden_size;
     for (Index i = 0; i < static_cast<Index>(weights.size()); ++i) {
-      const Index kind = i % 4;
+      const int which = static_cast<int>(i % weights_a_layer);
       const py::object weight = weights[i];
-      if (kind >= 2 && weight.is_none()) {
+      if (which >= 2 && weight.is_none()) {
         weights_.emplace_back();
         continue;
       }
-      const Index columns = kind == 0 ? shape_.layer(i / 4).input_size : shape_.hidden_size;
-      weights_.push_back(kind < 2 ? checked<S>("weights", weight, {rows, columns})
-                                  : checked<S>("weights", weight, {rows}));
+      const WeightShape wanted = weight_shape(shape_.layer(i / weights_a_layer), which);
+      weights_.push_back(wanted.columns > 0
+                             ? checked<S>("weights", weight, {wanted.rows, wanted.columns})
+                             : checked<S>("weights", weight, {wanted.rows}));
       mutable_data<S>("weights", *weights_.back());
     }
   }
@@ -129,10 +188,12 @@ class Stack {
   // The parameters as they are now; NumPy lets nobody move them while they are referred to here.
   template <class S>
   std::vector<Weights<const S>> weights() const {
-    std::vector<Weights<const S>> layers(shape_.num_layers);
-    const auto pointer = [this](Index i) { return weights_[i] ? data<S>(*weights_[i]) : nullptr; };
-    for (Index l = 0; l < shape_.num_layers; ++l) {
-      layers[l] = {pointer(4 * l), pointer(4 * l + 1), pointer(4 * l + 2), pointer(4 * l + 3)};
+    std::vector<Weights<const S>> layers(shape_.layers());
+    for (std::size_t i = 0; i < weights_.size(); ++i) {
+      if (weights_[i]) {
+        layers[i / weights_a_layer].*weight_member<const S>[i % weights_a_layer] =
+            data<S>(*weights_[i]);
+      }
     }
     return layers;
   }
@@ -141,9 +202,9 @@ class Stack {
   StateArrays<S> checked_state(const char* name, const py::object& state, Index B) const {
     StateArrays<S> result;
     if (state.is_none()) return result;
-    const Index L = shape_.num_layers, H = shape_.hidden_size;
+    const Index K = shape_.layers(), H = shape_.hidden_size;
     const auto part = [&](const char* part_name, const py::handle& array) {
-      return contiguous(checked<S>(part_name, array, {L, B, H}));
+      return contiguous(checked<S>(part_name, array, {K, B, H}));
     };
     if (has_cell_state(shape_.cell)) {
       const bool pair = (py::isinstance<py::tuple>(state) || py::isinstance<py::list>(state)) &&
@@ -151,7 +212,7 @@ class Stack {
       if (!pair) {
         throw py::type_error(
             std::string(name) + ": got " + text_of(py::type::of(state).attr("__name__")) +
-            ", wanted a tuple (h, c) of two arrays of shape " + shape_text({L, B, H}));
+            ", wanted a tuple (h, c) of two arrays of shape " + shape_text({K, B, H}));
       }
       const auto items = py::reinterpret_borrow<py::sequence>(state);
       result.h = part((std::string(name) + "[0]").c_str(), py::object(items[0]));
@@ -172,11 +233,11 @@ class Stack {
   // A new state for results, and the object that the caller gets for it.
   template <class S>
   std::pair<State<S>, py::object> new_state(Index B) const {
-    const Index L = shape_.num_layers, H = shape_.hidden_size;
-    py::array h = new_array<S>(L, B, H);
+    const Index K = shape_.layers(), H = shape_.hidden_size;
+    py::array h = new_array<S>(K, B, H);
     State<S> view{static_cast<S*>(h.mutable_data()), nullptr};
     if (!has_cell_state(shape_.cell)) return {view, std::move(h)};
-    py::array c = new_array<S>(L, B, H);
+    py::array c = new_array<S>(K, B, H);
     view.c = static_cast<S*>(c.mutable_data());
     return {view, py::make_tuple(std::move(h), std::move(c))};
   }
@@ -203,21 +264,23 @@ class Stack {
       throw py::value_error("x: got shape " + shape_text(shape_of(input)) +
                             ", wanted a batch of at least 1");
     }
-    const Index H = shape_.hidden_size;
+    const Index F = y_width();
     call.initial = checked_state<S>("state", state, B);
-    call.y = batch_first ? new_array<S>(B, T, H) : new_array<S>(T, B, H);
+    call.y = batch_first ? new_array<S>(B, T, F) : new_array<S>(T, B, F);
     auto [final, object] = new_state<S>(B);
     call.final_state = std::move(object);
-    const Sequence<S> y{static_cast<S*>(call.y.mutable_data()), batch_first ? H : B * H,
-                        batch_first ? T * H : H};
-    call.run = {T, call.x.view(), call.initial.view, y, final};
+    const Sequence<S> y{static_cast<S*>(call.y.mutable_data()), batch_first ? F : B * F,
+                        batch_first ? T * F : F};
+    call.run = {T, call.x.view(), call.initial.view, y, final, 0};
     return call;
   }
 
+  Index y_width() const { return shape_.directions * shape_.output_size(); }
+
   template <class S>
-  std::unique_ptr<fastbptt::Session<S>> session(Index T, Index B, Index longest) const {
+  std::unique_ptr<fastbptt::Session<S>> session(const Batch& batch, Index longest) const {
     const std::vector<Weights<const S>> now = weights<S>();
-    return std::make_unique<fastbptt::Session<S>>(shape_, now.data(), T, B, longest);
+    return std::make_unique<fastbptt::Session<S>>(shape_, now.data(), batch, longest);
   }
 
   template <class S>
@@ -227,14 +290,17 @@ class Stack {
   }
 
   template <class S>
-  py::tuple record_in(fastbptt::Session<S>& session, Call<S> call) const {
+  py::tuple record_in(fastbptt::Session<S>& session, Call<S> call,
+                      const BatchOptions& batch) const {
     auto tape = std::make_unique<TapeOf<S>>();
-    tape->steps = Buffer<S>(tape_size(shape_, call.run.steps, call.B));
+    tape->steps = Buffer<S>(session.tape_size(call.run.begin, call.run.steps));
     without_gil(
         [&](Interrupt interrupt) { session.record(call.run, tape->steps.data(), interrupt); });
     tape->stack = id_;
     tape->T = call.run.steps;
     tape->B = call.B;
+    tape->begin = call.run.begin;
+    tape->batch = batch;
     tape->x = call.x;
     tape->y = call.y;
     tape->y_view = {call.run.y.data, call.run.y.step, call.run.y.row};
@@ -259,12 +325,12 @@ class Stack {
                                                const py::object& grad_y,
                                                const py::object& grad_state, bool need_x,
                                                bool batch_first) const {
-    const Index T = tape.T, B = tape.B, I = shape_.input_size, H = shape_.hidden_size;
+    const Index T = tape.T, B = tape.B, I = shape_.input_size;
     const Index first = batch_first ? B : T, second = batch_first ? T : B;
 
     SequenceArray<S> dy;
     if (!grad_y.is_none()) {
-      dy = SequenceArray<S>(checked<S>("grad_y", grad_y, {first, second, H}), batch_first);
+      dy = SequenceArray<S>(checked<S>("grad_y", grad_y, {first, second, y_width()}), batch_first);
     }
     const StateArrays<S> final = checked_state<S>("grad_state", grad_state, B);
 
@@ -288,7 +354,8 @@ class Stack {
                            tape.x.view(),
                            tape.initial.view,
                            {const_cast<S*>(tape.y_view.data), tape.y_view.step, tape.y_view.row},
-                           {}};
+                           {},
+                           tape.begin};
       const Reverse<S> grad{tape.steps.data(), dy.view(), final.view, dx, initial};
       without_gil([&](Interrupt interrupt) { session.reverse(run, grad, interrupt); });
     } catch (...) {
@@ -302,23 +369,18 @@ class Stack {
   // The weight gradients that a session has gathered, as new arrays.
   template <class S>
   py::list weight_gradients(fastbptt::Session<S>& session) const {
-    const Index L = shape_.num_layers;
     py::list grads;
-    std::vector<Weights<S>> to(L);
-    for (Index l = 0; l < L; ++l) {
-      S* pointers[4] = {};
-      for (Index kind = 0; kind < 4; ++kind) {
-        const auto& weight = weights_[4 * l + kind];
-        if (!weight) {
-          grads.append(py::none());
-          continue;
-        }
-        py::array grad(weight->dtype(), shape_of(*weight));
-        pointers[kind] = static_cast<S*>(grad.mutable_data());
-        std::fill(pointers[kind], pointers[kind] + grad.size(), S(0));
-        grads.append(std::move(grad));
+    std::vector<Weights<S>> to(shape_.layers());
+    for (std::size_t i = 0; i < weights_.size(); ++i) {
+      if (!weights_[i]) {
+        grads.append(py::none());
+        continue;
       }
-      to[l] = {pointers[0], pointers[1], pointers[2], pointers[3]};
+      py::array grad(weights_[i]->dtype(), shape_of(*weights_[i]));
+      S* const values = static_cast<S*>(grad.mutable_data());
+      std::fill(values, values + grad.size(), S(0));
+      to[i / weights_a_layer].*weight_member<S>[i % weights_a_layer] = values;
+      grads.append(std::move(grad));
     }
     py::gil_scoped_release release;
     session.finish(to.data());
@@ -326,22 +388,28 @@ class Stack {
   }
 
   template <class S>
-  py::tuple whole_advance(const py::object& x, const py::object& state) const {
+  py::tuple whole_advance(const py::object& x, const py::object& state,
+                          const py::object& batch) const {
     Call<S> call = prepare<S>(x, state, batch_first_);
-    const auto own_session = session<S>(call.run.steps, call.B, call.run.steps);
+    const BatchOptions options(batch, call.run.steps, call.B);
+    const auto own_session = session<S>(options.view(call.run.steps, call.B, 0), call.run.steps);
     return advance_in<S>(*own_session, std::move(call));
   }
   template <class S>
-  py::tuple whole_record(const py::object& x, const py::object& state) const {
+  py::tuple whole_record(const py::object& x, const py::object& state,
+                         const py::object& batch) const {
     Call<S> call = prepare<S>(x, state, batch_first_);
-    const auto own_session = session<S>(call.run.steps, call.B, call.run.steps);
-    return record_in<S>(*own_session, std::move(call));
+    const BatchOptions options(batch, call.run.steps, call.B);
+    const auto own_session = session<S>(options.view(call.run.steps, call.B, 0), call.run.steps);
+    return record_in<S>(*own_session, std::move(call), options);
   }
   template <class S>
   py::tuple whole_reverse(const Tape& handle, const py::object& grad_y,
                           const py::object& grad_state, bool need_x) const {
     TapeOf<S>& tape = own<S>(handle);
-    const auto own_session = session<S>(tape.T, tape.B, tape.T);
+    const BatchOptions options = tape.batch;
+    const auto own_session =
+        session<S>(options.view(tape.begin + tape.T, tape.B, tape.begin), tape.T);
     auto [grad_x, grad_initial] =
         reverse_in<S>(*own_session, tape, grad_y, grad_state, need_x, batch_first_);
     return py::make_tuple(std::move(grad_x), std::move(grad_initial),
@@ -364,8 +432,8 @@ class Stack {
 class Session {
  public:
   virtual ~Session() = default;
-  virtual py::tuple advance(const py::object& x, const py::object& state) = 0;
-  virtual py::tuple record(const py::object& x, const py::object& state) = 0;
+  virtual py::tuple advance(const py::object& x, const py::object& state, Index begin) = 0;
+  virtual py::tuple record(const py::object& x, const py::object& state, Index begin) = 0;
   virtual py::tuple reverse(const Tape& tape, const py::object& grad_y,
                             const py::object& grad_state, bool need_x) = 0;
   virtual py::list finish() = 0;
@@ -375,13 +443,19 @@ class Session {
 template <class S>
 class SessionOf : public Session {
  public:
-  SessionOf(const Stack& stack, Index T, Index B, Index longest)
-      : stack_(stack), B_(B), longest_(longest), session_(stack.session<S>(T, B, longest)) {}
-  py::tuple advance(const py::object& x, const py::object& state) override {
-    return Stack::advance_in<S>(*session_, prepare(x, state));
+  SessionOf(const Stack& stack, Index T, Index B, Index longest, const py::object& batch,
+            Index begin)
+      : stack_(stack),
+        batch_(batch, T, B),
+        T_(T),
+        B_(B),
+        longest_(longest),
+        session_(stack.session<S>(batch_.view(T, B, begin), longest)) {}
+  py::tuple advance(const py::object& x, const py::object& state, Index begin) override {
+    return Stack::advance_in<S>(*session_, prepare(x, state, begin));
   }
-  py::tuple record(const py::object& x, const py::object& state) override {
-    return stack_.record_in<S>(*session_, prepare(x, state));
+  py::tuple record(const py::object& x, const py::object& state, Index begin) override {
+    return stack_.record_in<S>(*session_, prepare(x, state, begin), batch_);
   }
   py::tuple reverse(const Tape& handle, const py::object& grad_y, const py::object& grad_state,
                     bool need_x) override {
@@ -394,9 +468,17 @@ class SessionOf : public Session {
   Index nbytes() const override { return session_->nbytes(); }
 
  private:
-  Stack::Call<S> prepare(const py::object& x, const py::object& state) const {
+  Stack::Call<S> prepare(const py::object& x, const py::object& state, Index begin) const {
     auto call = stack_.prepare<S>(x, state, false);
     check(call.run.steps, call.B, "x");
+    const bool whole = begin == 0 && call.run.steps == T_;
+    if (begin < 0 || begin + call.run.steps > T_ || (stack_.shape_.directions == 2 && !whole)) {
+      throw py::value_error(
+          "begin: got steps " + std::to_string(begin) + " to " +
+          std::to_string(begin + call.run.steps) + " of " + std::to_string(T_) +
+          (stack_.shape_.directions == 2 ? ", wanted all, in both directions" : ""));
+    }
+    call.run.begin = begin;
     return call;
   }
   void check(Index steps, Index B, const char* name) const {
@@ -408,12 +490,15 @@ class SessionOf : public Session {
   }
 
   const Stack& stack_;  // kept alive by Python
+  BatchOptions batch_;
+  Index T_;
   Index B_;
   Index longest_;
   std::unique_ptr<fastbptt::Session<S>> session_;
 };
 
-std::unique_ptr<Session> Stack::new_session(Index T, Index B, Index longest) const {
+std::unique_ptr<Session> Stack::new_session(Index T, Index B, Index longest,
+                                            const py::object& batch, Index begin) const {
   for (const auto& [name, size] :
        {std::pair<const char*, Index>{"T", T}, {"B", B}, {"longest", longest}}) {
     if (size < 1) {
@@ -421,8 +506,8 @@ std::unique_ptr<Session> Stack::new_session(Index T, Index B, Index longest) con
                             ", wanted at least 1");
     }
   }
-  if (is_double_) return std::make_unique<SessionOf<double>>(*this, T, B, longest);
-  return std::make_unique<SessionOf<float>>(*this, T, B, longest);
+  if (is_double_) return std::make_unique<SessionOf<double>>(*this, T, B, longest, batch, begin);
+  return std::make_unique<SessionOf<float>>(*this, T, B, longest, batch, begin);
 }
 
 }  // namespace
@@ -433,22 +518,23 @@ void bind_recurrent(py::module_& m) {
       .def_property_readonly("consumed",
                              [](const Tape& tape) { return tape.get().consumed.load(); });
   py::class_<Session>(m, "Session")
-      .def("advance", &Session::advance, py::arg("x"), py::arg("state"))
-      .def("record", &Session::record, py::arg("x"), py::arg("state"))
+      .def("advance", &Session::advance, py::arg("x"), py::arg("state"), py::arg("begin"))
+      .def("record", &Session::record, py::arg("x"), py::arg("state"), py::arg("begin"))
       .def("reverse", &Session::reverse, py::arg("tape"), py::arg("grad_y"), py::arg("grad_state"),
            py::arg("need_x"))
       .def("finish", &Session::finish)
       .def_property_readonly("nbytes", &Session::nbytes);
   py::class_<Stack>(m, "Stack")
       .def(py::init<const std::string&, Index, Index, Index, bool, const std::string&,
-                    const py::list&>(),
+                    const py::list&, const py::dict&>(),
            py::arg("cell"), py::arg("input_size"), py::arg("hidden_size"), py::arg("num_layers"),
-           py::arg("batch_first"), py::arg("dtype"), py::arg("weights"))
+           py::arg("batch_first"), py::arg("dtype"), py::arg("weights"), py::arg("options"))
       .def("session", &Stack::new_session, py::arg("T"), py::arg("B"), py::arg("longest"),
-           py::keep_alive<0, 1>())
+           py::arg("batch") = py::none(), py::arg("begin") = 0, py::keep_alive<0, 1>())
       .def("tape_nbytes", &Stack::tape_nbytes, py::arg("T"), py::arg("B"))
-      .def("advance", &Stack::advance, py::arg("x"), py::arg("state"))
-      .def("record", &Stack::record, py::arg("x"), py::arg("state"))
+      .def("advance", &Stack::advance, py::arg("x"), py::arg("state"),
+           py::arg("batch") = py::none())
+      .def("record", &Stack::record, py::arg("x"), py::arg("state"), py::arg("batch") = py::none())
       .def("reverse", &Stack::reverse, py::arg("tape"), py::arg("grad_y"), py::arg("grad_state"),
            py::arg("need_x"));
 }

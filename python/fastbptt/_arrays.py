@@ -143,6 +143,35 @@ def as_finite(name: str, value: Any) -> float:
     return number
 
 
+def as_probability(name: str, value: Any) -> float:
+    """Return `value` as a float from 0 to 1."""
+    number = as_finite(name, value)
+    if not 0.0 <= number <= 1.0:
+        raise ValueError(f"{name}: got {value!r}, wanted from 0 to 1")
+    return number
+
+
+def as_lengths(value: Any, T: int, B: int) -> NDArray[np.int64]:
+    """Return `value` as the lengths `[B]` of rows of at most T steps."""
+    array = from_any("lengths", value)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"lengths: got {_described(value, array)}, wanted integers")
+    if array.shape != (B,):
+        raise ValueError(f"lengths: got shape {array.shape}, wanted ({B},), one for each row")
+    wrong = (array < 0) | (array > T)
+    if wrong.any():
+        raise ValueError(f"lengths: got {array[wrong][0]}, wanted from 0 to T = {T}")
+    return array.astype(np.int64)
+
+
+def as_seed(value: Any) -> int:
+    """Return `value` as an int of 64 bits."""
+    seed = as_size("seed", value, least=0)
+    if seed >= 1 << 64:
+        raise ValueError(f"seed: got {seed}, wanted less than 2**64")
+    return seed
+
+
 def as_rng(seed: Any) -> np.random.Generator:
     """Return the generator that `seed` starts; None draws a new seed from the system."""
     try:

@@ -33,8 +33,9 @@ class Session:
     @property
     def nbytes(self) -> int:
         """Bytes that all the verbs together take for themselves, tapes and results apart."""
-    def advance(self, x: Array, state: State | None) -> tuple[Array, State]: ...
-    def record(self, x: Array, state: State | None) -> tuple[Array, State, Tape]: ...
+    def advance(self, x: Array, state: State | None, begin: int) -> tuple[Array, State]:
+        """Run the steps from `begin` on, as many as x has."""
+    def record(self, x: Array, state: State | None, begin: int) -> tuple[Array, State, Tape]: ...
     def reverse(
         self, tape: Tape, grad_y: Array | None, grad_state: State | None, need_x: bool
     ) -> tuple[Array | None, State]: ...
@@ -44,8 +45,12 @@ class Session:
 class Stack:
     """The recurrent layers of one module, over parameter arrays that belong to the caller.
 
-    `weights` holds for each layer `weight_ih`, `weight_hh`, `bias_ih`, `bias_hh` (`None` twice
-    without bias), C-contiguous and of `dtype`; they are kept by reference.
+    `weights` holds for each layer, and in it each direction, `weight_ih`, `weight_hh`, `bias_ih`,
+    `bias_hh`, `h0` and `c0`, `None` for what it does not have, C-contiguous and of `dtype`; they
+    are kept by reference. `options` may have `bidirectional` and `dropout`.
+
+    `batch` has what is known of a batch beside x: `lengths`, int64 `[B]`, and `seed`, of the
+    dropout.
     """
 
     def __init__(
@@ -57,12 +62,22 @@ class Stack:
         batch_first: bool,
         dtype: str,
         weights: list[Array | None],
+        options: dict[str, Any],
     ) -> None: ...
-    def session(self, T: int, B: int, longest: int) -> Session:
-        """For parts of at most `longest` steps of a sequence of T steps of B rows."""
+    def session(
+        self, T: int, B: int, longest: int, batch: dict[str, Any] | None = None, begin: int = 0
+    ) -> Session:
+        """For parts of at most `longest` steps of a sequence of T steps of B rows.
+
+        The session is for its steps from `begin` on.
+        """
     def tape_nbytes(self, T: int, B: int) -> int: ...
-    def advance(self, x: Array, state: State | None) -> tuple[Array, State]: ...
-    def record(self, x: Array, state: State | None) -> tuple[Array, State, Tape]: ...
+    def advance(
+        self, x: Array, state: State | None, batch: dict[str, Any] | None = None
+    ) -> tuple[Array, State]: ...
+    def record(
+        self, x: Array, state: State | None, batch: dict[str, Any] | None = None
+    ) -> tuple[Array, State, Tape]: ...
     def reverse(
         self,
         tape: Tape,
@@ -121,8 +136,7 @@ class Verbs:
 
     Arrays are addresses, 0 for none, sequences an address and the strides of time and batch in
     elements, weights four addresses a layer. Nothing about them is checked. `batch_sizes` is the
-    address of those of a packed sequence, whose own step is that of the batch. With `reversed` time
-    runs from the last step to the first.
+    address of those of a packed sequence, whose own step is that of the batch.
     """
 
     def __init__(
@@ -131,8 +145,8 @@ class Verbs:
         input_size: int,
         hidden_size: int,
         num_layers: int,
+        directions: int,
         is_double: bool,
-        reversed: bool,
     ) -> None: ...
     def tape_size(self, T: int, B: int, batch_sizes: int = 0) -> int: ...
     def new_tape(self, size: int) -> Array: ...

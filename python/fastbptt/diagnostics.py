@@ -351,11 +351,17 @@ def gradient_flow(
     contributions = as_bool("contributions", contributions)
     first, n = _steps_with_loss(at, source.T)
     layer = model.recurrent
+    if layer.bidirectional:
+        raise ValueError(
+            f"model: got {layer!r}, whose gradient flows both ways; wanted one direction"
+        )
     below = source.vectors(0, n)
-    if state is not None:
+    if state is None:
+        state = layer._start(source.B)
+    else:
         state = layer._as_state("state", state)
         # One step of the whole, so that the core looks at the state before it is taken apart.
-        layer._stack.session(1, source.B, 1).advance(below[:1], state)
+        layer._stack.session(1, source.B, 1).advance(below[:1], state, 0)
     walks = []
     for number in range(layer.num_layers):
         walks.append(_Walk(layer, number, below, _of_layer(state, number)))
@@ -422,13 +428,13 @@ class _Walk:
         self._cell = layer._cell()
         _, B, inputs = x.shape
         sizes = (inputs, layer.hidden_size, 1, False, layer.dtype.name)
-        stack = _core.Stack(self._cell, *sizes, self._parameters)
+        stack = _core.Stack(self._cell, *sizes, [*self._parameters, None, None], {})
         self._session = stack.session(len(x), B, 1)
         self._needs_x = number > 0
         self._x, self._initial = x, state
         self._tapes, outputs, cells = [], [], []
         for t in range(len(x)):
-            y, state, tape = self._session.record(x[t : t + 1], state)
+            y, state, tape = self._session.record(x[t : t + 1], state, t)
             self._tapes.append(tape)
             outputs.append(y)
             if isinstance(state, tuple):

@@ -16,12 +16,18 @@ from fastbptt._arrays import (
     as_bool,
     as_dtype,
     as_finite,
+    as_lengths,
+    as_probability,
     as_rng,
+    as_seed,
     as_size,
     check_parameters,
 )
 from fastbptt._core import Stack, Tape
 from fastbptt._part import Gradients, Part, StateT
+
+# The parameters of a layer in one direction, in the order of the core.
+_KINDS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "h0", "c0")
 
 
 class Recurrent(Part, Generic[StateT]):
@@ -31,7 +37,9 @@ class Recurrent(Part, Generic[StateT]):
     ----------
     input_size, hidden_size, num_layers : int
         I, H and L.
-    bias, batch_first : bool
+    bias, batch_first, bidirectional, learn_initial_state : bool
+        As given to the constructor.
+    dropout : float
         As given to the constructor.
     dtype : numpy.dtype
         float32 or float64.
@@ -42,10 +50,15 @@ class Recurrent(Part, Generic[StateT]):
     num_layers: int
     bias: bool
     batch_first: bool
+    bidirectional: bool
+    dropout: float
+    learn_initial_state: bool
     _gates: ClassVar[int]
+    _has_cells: ClassVar[bool] = False
     _transient = ("_stack", "_advance")
     _stack: Stack
-    _advance: Callable[[Any, Any], tuple[Array, StateT]]
+    _advance: Callable[..., tuple[Array, StateT]]
+    _draws: np.random.Generator | None = None  # seeds of training runs, where there are any
 
     def _set_sizes(
         self,
@@ -56,6 +69,9 @@ class Recurrent(Part, Generic[StateT]):
         bias: bool,
         batch_first: bool,
         dtype: DTypeLike,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        learn_initial_state: bool = False,
     ) -> None:
         self.input_size = as_size("input_size", input_size)
         self.hidden_size = as_size("hidden_size", hidden_size)
@@ -63,14 +79,27 @@ class Recurrent(Part, Generic[StateT]):
         self.bias = as_bool("bias", bias)
         self.batch_first = as_bool("batch_first", batch_first)
         self.dtype = as_dtype(dtype)
-        L, I, H = self.num_layers, self.input_size, self.hidden_size  # noqa: E741
-        columns = (I + H) + (L - 1) * 2 * H + (2 * L if self.bias else 0)
+        self.dropout = as_probability("dropout", dropout)
+        self.bidirectional = as_bool("bidirectional", bidirectional)
+        self.learn_initial_state = as_bool("learn_initial_state", learn_initial_state)
+        L, I, H, D = self.num_layers, self.input_size, self.hidden_size, self.directions  # noqa: E741
+        columns = (I + H) + (L - 1) * (D + 1) * H + (2 * L if self.bias else 0)
         check_parameters(
             f"input_size={I}, hidden_size={H}, num_layers={L}",
-            self._gates * H * columns,
-            L * (4 if self.bias else 2),
+            D * self._gates * H * columns,
+            D * L * (4 if self.bias else 2),
             self.dtype,
         )
+
+    @property
+    def directions(self) -> int:
+        """D: 2 if bidirectional, else 1."""
+        return 2 if self.bidirectional else 1
+
+    @property
+    def output_size(self) -> int:
+        """The width of y: D*H."""
+        return self.directions * self.hidden_size
 
     def _initialise(
         self,
@@ -95,11 +124,42 @@ class Recurrent(Part, Generic[StateT]):
                 raise ValueError(f"chrono: got {chrono!r}, wanted more than 2 steps")
         rng = as_rng(seed)
         self._allocate()
-        initialisers.LAYERS[init](self._weights, self.hidden_size, rng)
+        learned = {n: w for n, w in self._weights.items() if n.startswith(("h0", "c0"))}
+        for weight in learned.values():
+            weight.fill(0.0)
+        drawn = {n: w for n, w in self._weights.items() if n not in learned}
+        initialisers.LAYERS[init](drawn, self.hidden_size, rng)
         if "forget_bias" in given:
             initialisers.forget_bias(self._weights, self.hidden_size, given["forget_bias"])
         if "chrono" in given:
             initialisers.chrono(self._weights, self.hidden_size, given["chrono"], rng)
+        if self._random:
+            self._draws = np.random.default_rng(rng.integers(1 << 63))
+
+    @property
+    def _random(self) -> bool:
+        """Whether training draws random numbers."""
+        return self.dropout > 0.0 and self.num_layers > 1
+
+    def _seed_of(self, seed: Any) -> int | None:
+        """Return the seed of a training run: the one given, or a new draw; None if none is used."""
+        given = None if seed is None else as_seed(seed)
+        if not self._random:
+            return None
+        if given is not None:
+            return given
+        if self._draws is None:
+            self._draws = np.random.default_rng()
+        return int(self._draws.integers(1 << 63))
+
+    def _start(self, B: int) -> Any:
+        """Return the state that B rows begin with where none is given; None for zeros."""
+        if not self.learn_initial_state:
+            return None
+        kinds = ("h0", "c0") if self._has_cells else ("h0",)
+        parts = [np.stack([self._weights[kind + end] for _, end in self._runs()]) for kind in kinds]
+        states = tuple(np.repeat(part[:, None], B, axis=1) for part in parts)
+        return states if self._has_cells else states[0]
 
     def _settings(self) -> dict[str, Any]:
         return {
@@ -109,16 +169,30 @@ class Recurrent(Part, Generic[StateT]):
             "bias": self.bias,
             "batch_first": self.batch_first,
             "dtype": self.dtype.name,
+            "dropout": self.dropout,
+            "bidirectional": self.bidirectional,
+            "learn_initial_state": self.learn_initial_state,
         }
+
+    def _runs(self) -> Iterator[tuple[int, str]]:
+        """Yield each layer in each direction: its number, and the end of its names."""
+        for layer in range(self.num_layers):
+            yield layer, f"_l{layer}"
+            if self.bidirectional:
+                yield layer, f"_l{layer}_reverse"
 
     def _shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         rows, H = self._gates * self.hidden_size, self.hidden_size
-        for layer in range(self.num_layers):
-            yield f"weight_ih_l{layer}", (rows, H if layer else self.input_size)
-            yield f"weight_hh_l{layer}", (rows, H)
+        for layer, suffix in self._runs():
+            yield f"weight_ih{suffix}", (rows, self.output_size if layer else self.input_size)
+            yield f"weight_hh{suffix}", (rows, H)
             if self.bias:
-                yield f"bias_ih_l{layer}", (rows,)
-                yield f"bias_hh_l{layer}", (rows,)
+                yield f"bias_ih{suffix}", (rows,)
+                yield f"bias_hh{suffix}", (rows,)
+            if self.learn_initial_state:
+                yield f"h0{suffix}", (H,)
+                if self._has_cells:
+                    yield f"c0{suffix}", (H,)
 
     def _cell(self) -> str:
         raise NotImplementedError
@@ -131,39 +205,61 @@ class Recurrent(Part, Generic[StateT]):
             self.num_layers,
             self.batch_first,
             self.dtype.name,
-            [
-                self._weights.get(f"{kind}_l{layer}")
-                for layer in range(self.num_layers)
-                for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-            ],
+            [self._weights.get(f"{kind}{suffix}") for _, suffix in self._runs() for kind in _KINDS],
+            self._options(),
         )
-        self._advance = cast("Callable[[Any, Any], tuple[Array, StateT]]", self._stack.advance)
+        self._advance = cast("Callable[..., tuple[Array, StateT]]", self._stack.advance)
+
+    def _options(self) -> dict[str, Any]:
+        """Return what the core is to know beside cell and sizes."""
+        return {"bidirectional": self.bidirectional, "dropout": self.dropout}
+
+    def _batch(self, x: Array, lengths: Any, seed: int | None) -> dict[str, Any] | None:
+        """Return what the core is to know of a batch beside x."""
+        batch: dict[str, Any] = {}
+        if lengths is not None and x.ndim == 3:  # the core says what is wrong with another x
+            T, B = x.shape[1::-1] if self.batch_first else x.shape[:2]
+            batch["lengths"] = as_lengths(lengths, T, B)
+        if seed is not None:
+            batch["seed"] = seed
+        return batch or None
 
     def _as_state(self, name: str, state: Any) -> Any:
         if type(state) is tuple:
             raise TypeError(
-                f"{name}: got a tuple, wanted an array [L, B, H]; a tuple (h, c) is that of an LSTM"
+                f"{name}: got a tuple, wanted an array [L*D, B, H]; an LSTM has a tuple (h, c)"
             )
         return as_array(name, state, self.dtype)
 
     # A step of a small layer takes a few microseconds, so arrays go to the core as they come.
-    def __call__(self, x: ArrayLike, state: ArrayLike | None = None) -> tuple[Array, StateT]:
-        """Run through time, keeping nothing for a gradient.
+    def __call__(
+        self,
+        x: ArrayLike,
+        state: ArrayLike | None = None,
+        *,
+        lengths: ArrayLike | None = None,
+    ) -> tuple[Array, StateT]:
+        """Run through time, keeping nothing for a gradient. Nothing is dropped.
 
         Parameters
         ----------
         x : array_like
             Input `[T, B, I]`, or `[B, T, I]` with `batch_first`; T may be 0.
         state : array_like, optional
-            The state before the first step; zeros by default. For RNN and GRU h `[L, B, H]`, for
-            LSTM a tuple `(h, c)` of two such arrays.
+            The state before the first step; by default the learned one, or zeros. For RNN and GRU
+            h `[L*D, B, H]`, for LSTM a tuple `(h, c)` of two such arrays.
+        lengths : array_like of int, optional
+            How many steps each row has, `[B]`, in any order, each from 0 to T; all T by default.
+            Behind its length a row costs nothing, y is zero, and its final state is the one at its
+            length; of a row of length 0 it is the state before.
 
         Returns
         -------
         y : ndarray
-            The output h of the last layer at each step, `[T, B, H]`, or `[B, T, H]`.
+            The output h of the last layer at each step, `[T, B, D*H]`, or `[B, T, D*H]`.
         state : ndarray or tuple of ndarray
-            The state after the last step, to go on from in the next call.
+            The state after the last step, to go on from in the next call; of the direction that
+            runs backward, the state after the first step.
 
         Raises
         ------
@@ -188,26 +284,58 @@ class Recurrent(Part, Generic[StateT]):
             x = as_array("x", x, self.dtype)
         if state is not None and type(state) is not ndarray:
             state = self._as_state("state", state)
+        if lengths is not None:
+            return self._advance(x, state, self._batch(x, lengths, None))
         return self._advance(x, state)
 
     @overload
     def forward(
-        self, x: ArrayLike, state: ArrayLike | None = None, training: Literal[True] = True
+        self,
+        x: ArrayLike,
+        state: ArrayLike | None = None,
+        training: Literal[True] = True,
+        *,
+        lengths: ArrayLike | None = None,
+        seed: int | None = None,
     ) -> tuple[Array, StateT, Tape]: ...
     @overload
     def forward(
-        self, x: ArrayLike, state: ArrayLike | None, training: Literal[False]
+        self,
+        x: ArrayLike,
+        state: ArrayLike | None,
+        training: Literal[False],
+        *,
+        lengths: ArrayLike | None = None,
+        seed: int | None = None,
     ) -> tuple[Array, StateT, None]: ...
     @overload
     def forward(
-        self, x: ArrayLike, state: ArrayLike | None = None, *, training: Literal[False]
+        self,
+        x: ArrayLike,
+        state: ArrayLike | None = None,
+        *,
+        training: Literal[False],
+        lengths: ArrayLike | None = None,
+        seed: int | None = None,
     ) -> tuple[Array, StateT, None]: ...
     @overload
     def forward(
-        self, x: ArrayLike, state: ArrayLike | None = None, training: bool = True
+        self,
+        x: ArrayLike,
+        state: ArrayLike | None = None,
+        training: bool = True,
+        *,
+        lengths: ArrayLike | None = None,
+        seed: int | None = None,
     ) -> tuple[Array, StateT, Tape | None]: ...
     def forward(
-        self, x: ArrayLike, state: ArrayLike | None = None, training: bool = True
+        self,
+        x: ArrayLike,
+        state: ArrayLike | None = None,
+        training: bool = True,
+        *,
+        lengths: ArrayLike | None = None,
+        seed: int | None = None,
     ) -> tuple[Array, StateT, Tape | None]:
         """Run through time and keep what `backward` needs.
 
@@ -219,15 +347,22 @@ class Recurrent(Part, Generic[StateT]):
         x : array_like
             Input `[T, B, I]`, or `[B, T, I]` with `batch_first`; T may be 0.
         state : array_like, optional
-            The state before the first step; zeros by default. For RNN and GRU h `[L, B, H]`, for
-            LSTM a tuple `(h, c)` of two such arrays.
+            The state before the first step; by default the learned one, or zeros. For RNN and GRU
+            h `[L*D, B, H]`, for LSTM a tuple `(h, c)` of two such arrays.
         training : bool
-            Without it no tape is made, and None takes its place.
+            Without it no tape is made, None takes its place, and nothing is dropped.
+        lengths : array_like of int, optional
+            How many steps each row has, `[B]`, in any order, each from 0 to T; all T by default.
+            Behind its length a row costs nothing, y is zero, and its final state is the one at its
+            length; of a row of length 0 it is the state before.
+        seed : int, optional
+            Of what `dropout` drops, from 0 to 2**64 - 1: the same seed drops the same. By default a
+            new one for each call, which the layer's own seed decides.
 
         Returns
         -------
         y : ndarray
-            The output h of the last layer at each step, `[T, B, H]`, or `[B, T, H]`.
+            The output h of the last layer at each step, `[T, B, D*H]`, or `[B, T, D*H]`.
         state : ndarray or tuple of ndarray
             The state after the last step.
         tape : Tape
@@ -254,8 +389,9 @@ class Recurrent(Part, Generic[StateT]):
         if state is not None and type(state) is not ndarray:
             state = self._as_state("state", state)
         if not as_bool("training", training):
-            return (*self._advance(x, state), None)
-        y, last, tape = self._stack.record(x, cast(Any, state))
+            return (*self._advance(x, state, self._batch(x, lengths, None)), None)
+        batch = self._batch(x, lengths, self._seed_of(seed))
+        y, last, tape = self._stack.record(x, cast(Any, state), batch)
         y.flags.writeable = False
         return y, cast(StateT, last), tape
 
@@ -284,7 +420,8 @@ class Recurrent(Part, Generic[StateT]):
         Returns
         -------
         Gradients
-            `x`, `state` (before the first step) and `weights`.
+            `x`, `state` (before the first step) and `weights`. Behind the length of a row, where
+            `forward` was given any, `x` is zero and `grad_y` does not count.
 
         Raises
         ------
@@ -319,7 +456,7 @@ class Recurrent(Part, Generic[StateT]):
         x, state, weights = self._stack.reverse(
             tape, cast(Any, grad_y), cast(Any, grad_state), as_bool("need_x", need_x)
         )
-        # The core lists four a layer, None for a bias that is not there.
+        # The core lists all kinds for each layer, None for one that is not there.
         found = (grad for grad in weights if grad is not None)
         return Gradients(x, cast(StateT, state), dict(zip(self._weights, found, strict=True)))
 
@@ -331,6 +468,12 @@ class Recurrent(Part, Generic[StateT]):
             shown.append("bias=False")
         if self.batch_first:
             shown.append("batch_first=True")
+        if self.dropout:
+            shown.append(f"dropout={self.dropout}")
+        if self.bidirectional:
+            shown.append("bidirectional=True")
+        if self.learn_initial_state:
+            shown.append("learn_initial_state=True")
         if self.dtype != np.float32:
             shown.append(f"dtype={self.dtype.name!r}")
         return shown
@@ -350,18 +493,30 @@ class RNN(Recurrent[Array]):
     bias : bool
         Whether there are `b_ih` and `b_hh`.
     batch_first : bool
-        Whether x and y have the batch before time: `[B, T, .]`. States stay `[L, B, H]`.
+        Whether x and y have the batch before time: `[B, T, .]`. States stay `[L*D, B, H]`.
     dtype : {"float32", "float64"}
         Of parameters, inputs and results.
+    dropout : float
+        The part p, from 0 to 1, of the output of every layer but the last that training drops:
+        `y * m / (1 - p)` with m 1 or 0 (Srivastava et al. 2014; between layers Zaremba et al.
+        2014). `forward` and `value_and_grad` train, the call of the layer does not.
+    bidirectional : bool
+        Whether each layer has a second set of parameters, `weight_ih_l0_reverse` and so on, that
+        runs from the last step to the first (Schuster & Paliwal 1997). Both outputs stand side by
+        side in y, `[T, B, 2H]`, and are what the next layer takes; states are `[2L, B, H]`, each
+        layer's forward one first. A row with a length begins its way back at its own last step.
+    learn_initial_state : bool
+        Whether the state to start from, where none is given, is learned (Forcada & Carrasco 1995):
+        parameters `h0_l0` `[H]` of each layer and direction, zeros at first.
     seed : int, optional
-        Of the initial parameters; a new one each time by default.
+        Of the initial parameters, and of what is dropped; a new one each time by default.
     init : {"uniform", "orthogonal"}
         PyTorch's default, or orthogonal recurrent matrices (Saxe et al. 2014).
 
     Raises
     ------
     ValueError
-        A size is not positive, sizes overflow, or a choice is unknown.
+        A size is not positive, sizes overflow, a choice is unknown, or `dropout` is out of range.
     TypeError
         A size is no integer, or a switch no bool.
     MemoryError
@@ -393,6 +548,9 @@ class RNN(Recurrent[Array]):
         bias: bool = True,
         batch_first: bool = False,
         dtype: DTypeLike = "float32",
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        learn_initial_state: bool = False,
         seed: Any = None,
         init: str = "uniform",
     ) -> None:
@@ -404,6 +562,9 @@ class RNN(Recurrent[Array]):
             bias=bias,
             batch_first=batch_first,
             dtype=dtype,
+            dropout=dropout,
+            bidirectional=bidirectional,
+            learn_initial_state=learn_initial_state,
         )
         self._initialise(init, seed)
 
@@ -440,11 +601,23 @@ class LSTM(Recurrent[tuple[Array, Array]]):
     bias : bool
         Whether there are `b_ih` and `b_hh`.
     batch_first : bool
-        Whether x and y have the batch before time: `[B, T, .]`. States stay `[L, B, H]`.
+        Whether x and y have the batch before time: `[B, T, .]`. States stay `[L*D, B, H]`.
     dtype : {"float32", "float64"}
         Of parameters, inputs and results.
+    dropout : float
+        The part p, from 0 to 1, of the output of every layer but the last that training drops:
+        `y * m / (1 - p)` with m 1 or 0 (Srivastava et al. 2014; between layers Zaremba et al.
+        2014). `forward` and `value_and_grad` train, the call of the layer does not.
+    bidirectional : bool
+        Whether each layer has a second set of parameters, `weight_ih_l0_reverse` and so on, that
+        runs from the last step to the first (Schuster & Paliwal 1997). Both outputs stand side by
+        side in y, `[T, B, 2H]`, and are what the next layer takes; states are `[2L, B, H]`, each
+        layer's forward one first. A row with a length begins its way back at its own last step.
+    learn_initial_state : bool
+        Whether the state to start from, where none is given, is learned (Forcada & Carrasco 1995):
+        parameters `h0_l0`, `c0_l0` `[H]` of each layer and direction, zeros at first.
     seed : int, optional
-        Of the initial parameters; a new one each time by default.
+        Of the initial parameters, and of what is dropped; a new one each time by default.
     init : {"uniform", "orthogonal"}
         PyTorch's default, or orthogonal recurrent matrices (Saxe et al. 2014).
     forget_bias : float, optional
@@ -457,8 +630,8 @@ class LSTM(Recurrent[tuple[Array, Array]]):
     Raises
     ------
     ValueError
-        A size is not positive, sizes overflow, a choice is unknown, or `forget_bias` or `chrono`
-        has no bias to set, or both are given.
+        A size is not positive, sizes overflow, a choice is unknown, `dropout` is out of range, or
+        `forget_bias` or `chrono` has no bias to set, or both are given.
     TypeError
         A size is no integer, or a switch no bool.
     MemoryError
@@ -478,6 +651,7 @@ class LSTM(Recurrent[tuple[Array, Array]]):
 
     kind = "LSTM"
     _gates = 4
+    _has_cells = True
     _configure = Recurrent._set_sizes
 
     def __init__(
@@ -489,6 +663,9 @@ class LSTM(Recurrent[tuple[Array, Array]]):
         bias: bool = True,
         batch_first: bool = False,
         dtype: DTypeLike = "float32",
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        learn_initial_state: bool = False,
         seed: Any = None,
         init: str = "uniform",
         forget_bias: float | None = None,
@@ -501,6 +678,9 @@ class LSTM(Recurrent[tuple[Array, Array]]):
             bias=bias,
             batch_first=batch_first,
             dtype=dtype,
+            dropout=dropout,
+            bidirectional=bidirectional,
+            learn_initial_state=learn_initial_state,
         )
         self._initialise(init, seed, forget_bias=forget_bias, chrono=chrono)
 
@@ -535,11 +715,23 @@ class GRU(Recurrent[Array]):
     bias : bool
         Whether there are `b_ih` and `b_hh`.
     batch_first : bool
-        Whether x and y have the batch before time: `[B, T, .]`. States stay `[L, B, H]`.
+        Whether x and y have the batch before time: `[B, T, .]`. States stay `[L*D, B, H]`.
     dtype : {"float32", "float64"}
         Of parameters, inputs and results.
+    dropout : float
+        The part p, from 0 to 1, of the output of every layer but the last that training drops:
+        `y * m / (1 - p)` with m 1 or 0 (Srivastava et al. 2014; between layers Zaremba et al.
+        2014). `forward` and `value_and_grad` train, the call of the layer does not.
+    bidirectional : bool
+        Whether each layer has a second set of parameters, `weight_ih_l0_reverse` and so on, that
+        runs from the last step to the first (Schuster & Paliwal 1997). Both outputs stand side by
+        side in y, `[T, B, 2H]`, and are what the next layer takes; states are `[2L, B, H]`, each
+        layer's forward one first. A row with a length begins its way back at its own last step.
+    learn_initial_state : bool
+        Whether the state to start from, where none is given, is learned (Forcada & Carrasco 1995):
+        parameters `h0_l0` `[H]` of each layer and direction, zeros at first.
     seed : int, optional
-        Of the initial parameters; a new one each time by default.
+        Of the initial parameters, and of what is dropped; a new one each time by default.
     init : {"uniform", "orthogonal"}
         PyTorch's default, or orthogonal recurrent matrices (Saxe et al. 2014).
     chrono : float, optional
@@ -549,7 +741,8 @@ class GRU(Recurrent[Array]):
     Raises
     ------
     ValueError
-        A size is not positive, sizes overflow, a choice is unknown, or `chrono` has no bias to set.
+        A size is not positive, sizes overflow, a choice is unknown, `dropout` is out of range, or
+        `chrono` has no bias to set.
     TypeError
         A size is no integer, or a switch no bool.
     MemoryError
@@ -581,6 +774,9 @@ class GRU(Recurrent[Array]):
         bias: bool = True,
         batch_first: bool = False,
         dtype: DTypeLike = "float32",
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        learn_initial_state: bool = False,
         seed: Any = None,
         init: str = "uniform",
         chrono: float | None = None,
@@ -593,6 +789,9 @@ class GRU(Recurrent[Array]):
             bias=bias,
             batch_first=batch_first,
             dtype=dtype,
+            dropout=dropout,
+            bidirectional=bidirectional,
+            learn_initial_state=learn_initial_state,
         )
         self._initialise(init, seed, chrono=chrono)
 

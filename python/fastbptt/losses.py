@@ -109,7 +109,7 @@ def make_objective(
 def _width(model: Model) -> int:
     """Return the size of one output."""
     if model.readout is None:
-        return model.recurrent.hidden_size
+        return model.recurrent.output_size
     return model.readout.out_features
 
 

@@ -78,12 +78,12 @@ def needs_of(
         Whether the outputs of a segment exist as a whole, and their gradient, as for a callable.
     """
     layer, item = model.recurrent, model.dtype.itemsize
-    states = layer.num_layers * layer.hidden_size * item * (2 if layer.kind == "LSTM" else 1)
+    states = layer.num_layers * layer.output_size * item * (2 if layer.kind == "LSTM" else 1)
     # y, dL/dy, and what is made for the segment on both its sides.
-    row = 2 * layer.hidden_size * item + read_bytes + target_bytes
+    row = 2 * layer.output_size * item + read_bytes + target_bytes
     if model.embedding is not None:
         row += 8 + 2 * layer.input_size * item
-    out = layer.hidden_size if model.readout is None else model.readout.out_features
+    out = layer.output_size if model.readout is None else model.readout.out_features
     if logits:
         row += 2 * out * item
 
@@ -91,7 +91,7 @@ def needs_of(
 
     def fixed(longest: int) -> int:
         readout = _core.readout_nbytes(
-            layer.hidden_size if model.readout is not None else 1, out, longest * B, item == 8
+            layer.output_size if model.readout is not None else 1, out, longest * B, item == 8
         )
         # The present state, dL/dstate and what a call returns of both; the ends of large blocks.
         ends = 3 * _BLOCK_UNIT if longest * tape_step >= _LARGE_BLOCK else 0

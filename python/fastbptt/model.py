@@ -78,10 +78,11 @@ class Model:
                 f"parts: got {embedding!r} with embedding_dim {embedding.embedding_dim} before "
                 f"{recurrent!r} with input_size {recurrent.input_size}, wanted the same"
             )
-        if readout is not None and readout.in_features != recurrent.hidden_size:
+        if readout is not None and readout.in_features != recurrent.output_size:
+            D = "" if recurrent.directions == 1 else "2 x "
             raise ValueError(
                 f"parts: got {readout!r} with in_features {readout.in_features} behind "
-                f"{recurrent!r} with hidden_size {recurrent.hidden_size}, wanted the same"
+                f"{recurrent!r} with {D}hidden_size {recurrent.output_size}, wanted the same"
             )
         self.parts = parts
         self.embedding = embedding

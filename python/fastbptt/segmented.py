@@ -168,8 +168,8 @@ class _Run:
         session = layer._stack.session(sum(steps), len(segments) * self._source.B, max(steps))
         early: _core.Tape | None = None
         if steps[0]:
-            _, state, early = session.record(self._vectors(warm_up), state)
-        y, self._last, late = session.record(self._vectors(own), state)
+            _, state, early = session.record(self._vectors(warm_up), state, 0)
+        y, self._last, late = session.record(self._vectors(own), state, steps[0])
         into = self._grads[-1] if self._model.readout is not None else {}
         value, grad_y = self._objective.beside(y, own, into)
         self._loss += value

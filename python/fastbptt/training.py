@@ -299,7 +299,7 @@ def evaluate(
         state = model.recurrent._as_state("state", state)
     for begin in range(0, source.T, steps):
         end = min(begin + steps, source.T)
-        y, state = session.advance(source.vectors(begin, end), state)
+        y, state = session.advance(source.vectors(begin, end), state, begin)
         value += objective(y, begin, end, None)[0]
     return value, state
 
@@ -396,8 +396,8 @@ class _Run:
         self._model = model
         self._source = source
         self._objective = objective
-        T = source.T if begin == 0 else longest
-        self._session = model.recurrent._stack.session(T, source.B, longest)
+        T = source.T if begin == 0 else begin + longest
+        self._session = model.recurrent._stack.session(T, source.B, longest, None, begin)
         self._advanced_at_once = min(longest, max(1, _RUN_AT_ONCE // source.B))
         self._t = begin  # the present state is that before step _t
         self._state = None if state is None else model.recurrent._as_state("state", state)
@@ -423,12 +423,12 @@ class _Run:
                 for begin in range(action.t0, action.t1, self._advanced_at_once):
                     end = min(begin + self._advanced_at_once, action.t1)
                     x = self._source.vectors(begin, end)
-                    _, state = self._session.advance(x, self._state)
+                    _, state = self._session.advance(x, self._state, begin)
                     self._move_to(end, state)
             case "record":
                 self._expect(action, self._t == action.t0)
                 x = self._source.vectors(action.t0, action.t1)
-                y, state, tape = self._session.record(x, self._state)
+                y, state, tape = self._session.record(x, self._state, action.t0)
                 self._segments.append(_Segment(action.t0, action.t1, y, tape))
                 self._move_to(action.t1, state)
             case "reverse":

@@ -53,7 +53,7 @@ class Step {
     grad_readout_.fill(S(0));
     grad_bias_.fill(S(0));
     const auto weights = model_.weights.template views<const S>();
-    Session<S> session(model_.shape, weights.data(), T, B);
+    Session<S> session(model_.shape, weights.data(), {T, B});
     const Forward<S> forward{T, x_.const_view(), {}, y_.view(), final_.view()};
     session.record(forward, tape_.data());
     ReadoutLoss<S> job{};

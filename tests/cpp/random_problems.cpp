@@ -167,7 +167,7 @@ class StackProblem {
     const SequenceArray<S> y(o_.y, o_.T, o_.B, H, o_.offset);
     const StateArrays<S> final(o_.shape, o_.B, o_.offset);
     Forward<S> run{o_.T, input(), {}, y.view(), final.view()};
-    const auto session = [&] { return Session<S>(o_.shape, weights.data(), o_.T, o_.B); };
+    const auto session = [&] { return Session<S>(o_.shape, weights.data(), {o_.T, o_.B}); };
     if (o_.initial) run.initial = initial_.const_view();
 
     const auto check_forward = [&](const std::string& verb) {

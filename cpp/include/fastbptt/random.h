@@ -38,7 +38,8 @@ __attribute__((always_inline)) inline void philox(std::uint32_t* words, std::uin
 // What a number is drawn for: each use has numbers of its own.
 enum class Draw : std::uint32_t { dropout, recurrent_dropout, zoneout_h, zoneout_c, sign };
 
-// The place of the numbers of one row. Both directions of layer l count as layers: l * D + d.
+// The place of the numbers of one row. Layer l is number l for what it gives, all directions side
+// by side, and l * D + d for what happens inside one of its directions.
 struct Place {
   Draw draw;
   Index layer;
@@ -66,24 +67,36 @@ __attribute__((always_inline)) inline void draw_words(std::uint64_t key, const P
   philox<16>(words, key);
 }
 
-// mask[j] is `kept` with probability 1 - p and else 0, for units j of [0, n).
-template <class S>
-__attribute__((always_inline)) inline void draw_mask(std::uint64_t key, const Place& place,
-                                                     double p, S kept, Index n, S* mask) {
-  // Numbers under this, of 2^32, drop a unit. For p = 1 one is missing: a caller who allows that
-  // has `kept` 0 there.
+// The numbers under this, of 2^32, drop a unit with probability p. For p = 1 one is missing: where
+// p may be 1, what is kept must be zero then.
+__attribute__((always_inline)) inline std::uint32_t drop_threshold(double p) {
   const double below = p * 4294967296.0;
-  const std::uint32_t threshold =
-      below < 4294967295.0 ? static_cast<std::uint32_t>(below) : 4294967295u;
+  return below < 4294967295.0 ? static_cast<std::uint32_t>(below) : 4294967295u;
+}
+
+// Calls use(i, kept) for each unit i in [0, n); each is dropped with probability p.
+template <class F>
+__attribute__((always_inline)) inline void draw_units(std::uint64_t key, const Place& place,
+                                                      double p, Index n, F&& use) {
+  const std::uint32_t threshold = drop_threshold(p);
   for (Index first = 0; first < n; first += draw_group) {
     std::uint32_t words[draw_group];
     draw_words(key, place, first / draw_group, words);
     if (n - first >= draw_group) {
-      for (Index i = 0; i < draw_group; ++i) mask[first + i] = words[i] >= threshold ? kept : S(0);
+      for (Index i = 0; i < draw_group; ++i) use(first + i, words[i] >= threshold);
     } else {
-      for (Index i = 0; i < n - first; ++i) mask[first + i] = words[i] >= threshold ? kept : S(0);
+      for (Index i = 0; i < n - first; ++i) use(first + i, words[i] >= threshold);
     }
   }
+}
+
+// mask[i] is `kept` with probability 1 - p, and else 0.
+template <class S>
+__attribute__((always_inline)) inline void draw_mask(std::uint64_t key, const Place& place,
+                                                     double p, S kept, Index n, S* mask) {
+  draw_units(key, place, p, n, [&](Index i, bool keep) __attribute__((always_inline)) {
+    mask[i] = keep ? kept : S(0);
+  });
 }
 
 }  // namespace fastbptt

@@ -1,5 +1,6 @@
 // The three verbs over a stack of recurrent layers. All arrays belong to the caller.
 #pragma once
+#include <cstdint>
 #include <exception>
 #include <memory>
 
@@ -7,12 +8,20 @@
 
 namespace fastbptt {
 
+// L layers of D directions: number l * D + d runs forward in time for d = 0 and backward for d = 1.
+// A layer takes what all directions of the one below gave, side by side.
 struct StackShape {
   Cell cell;
   Index input_size;
   Index hidden_size;
   Index num_layers;
-  LayerShape layer(Index l) const { return {cell, l == 0 ? input_size : hidden_size, hidden_size}; }
+  Index directions = 1;
+  double dropout = 0;  // the part of every layer's output, but the last's, that training drops
+  Index layers() const { return num_layers * directions; }
+  LayerShape layer(Index k) const {
+    return {cell, k < directions ? input_size : directions * output_size(), hidden_size};
+  }
+  Index output_size() const { return hidden_size; }  // of one direction
 };
 
 // Asked now and then by the calling thread during a long call; true stops the work with
@@ -26,18 +35,41 @@ struct Interrupted : std::exception {
   const char* what() const noexcept override { return "interrupted"; }
 };
 
-// Elements that the tape of one record takes: the layers' own tapes, and y of all layers but the
-// last.
-Index tape_size(const StackShape& shape, Index T, Index B);
+// T steps of B >= 1 rows, and what is known of them beside the input.
+//   lengths  [B], each from 0 to T: the steps that a row has, null: all. The work, and the tape,
+//   are
+//            those of the steps that are there; behind them y and dL/dx are zero, and the final
+//            state of a row is that after its last step.
+//   packed   the sequences have no padding: a step has the rows that are there, in the order of
+//            their lengths, and begins where the one before ends. Only with lengths that never
+//            rise.
+//   seed     of the dropout; null: nothing is dropped.
+//   begin    the first step of all that the session is for
+struct Batch {
+  Index T;
+  Index B;
+  const Index* lengths = nullptr;
+  bool packed = false;
+  const std::uint64_t* seed = nullptr;
+  Index begin = 0;
+};
 
-// Puts the tape of one step into the tape of T steps as its step t.
+// Elements of the tape of a whole batch: the layers' own tapes, y of all layers but the last, and,
+// with lengths, the states where the number of rows changes.
+Index tape_size(const StackShape& shape, const Batch& batch);
+inline Index tape_size(const StackShape& shape, Index T, Index B) {
+  return tape_size(shape, Batch{T, B});
+}
+
+// Puts the tape of one step into the tape of T steps as its step t; of one direction.
 template <class S>
 void copy_tape_step(const StackShape& shape, Index B, const S* step, S* tape, Index T, Index t);
 
-// Some steps of a sequence: n >= 0 of them, of all B rows.
+// Some steps of a sequence: n >= 0 of them, of all B rows. D*H is the width of y.
 //   x      [n, B, I]; may be null if n is 0
-//   y      [n, B, H]; must not overlap x
-//   initial, final  [L, B, H]; initial.h null: zeros; initial and final may not overlap
+//   y      [n, B, D*H]; must not overlap x
+//   initial, final  [L*D, B, H]; initial.h null: the learned state, or zeros; may not overlap
+//   begin  the step of the sequence that they begin with; with two directions 0, and n is T
 template <class S>
 struct Forward {
   Index steps;
@@ -45,13 +77,14 @@ struct Forward {
   State<const S> initial;
   Sequence<S> y;
   State<S> final;
+  Index begin = 0;
 };
 
 // The gradient, back through the steps of a Forward, whose x, y and tape are as record left them.
-//   grad_y      [n, B, H], data null: zeros
-//   grad_final  [L, B, H], null: zeros
+//   grad_y      [n, B, D*H], data null: zeros
+//   grad_final  [L*D, B, H], null: zeros
 //   grad_x      [n, B, I], data null: not computed
-//   grad_initial  [L, B, H], written
+//   grad_initial  [L*D, B, H], written
 //   frozen  one a layer, whether its weight gradients are left out; null: none are
 template <class S>
 struct Reverse {
@@ -63,30 +96,33 @@ struct Reverse {
   const bool* frozen = nullptr;
 };
 
-// The verbs over one sequence of T steps of B >= 1 rows, as a whole or cut into parts of at most
-// `longest` steps. What does not change from part to part is made once: the packed weights, the
-// way the work is shared out, and the sums of the weight gradients, which go on from part to part.
-// So where a sequence is cut does not change a bit, as long as it is reversed from its end to its
-// beginning. Memory is taken when a verb first needs it. The weights must stay where and as they
-// are. One call at a time; after an Interrupted the gradients are lost.
+// The verbs over one sequence, as a whole or cut into parts of at most `longest` steps. What does
+// not change from part to part is made once: the packed weights, the way the work is shared out,
+// and the sums of the weight gradients, which go on from part to part. So where a sequence is cut
+// does not change a bit, as long as it is reversed from its end to its beginning. Memory is taken
+// when a verb first needs it. The weights must stay where and as they are. One call at a time;
+// after an Interrupted the gradients are lost.
 template <class S>
 class Session {
  public:
-  // weights: one a layer.
-  Session(const StackShape& shape, const Weights<const S>* weights, Index T, Index B,
+  // weights: one a layer. What the batch points to is read here only.
+  Session(const StackShape& shape, const Weights<const S>* weights, const Batch& batch,
           Index longest);
-  Session(const StackShape& shape, const Weights<const S>* weights, Index T, Index B)
-      : Session(shape, weights, T, B, T) {}
+  Session(const StackShape& shape, const Weights<const S>* weights, const Batch& batch)
+      : Session(shape, weights, batch, batch.T) {}
   ~Session();
+
+  // Elements of the tape of these steps.
+  Index tape_size(Index begin, Index steps) const;
 
   // y and the final state; keeps nothing.
   void advance(const Forward<S>& run, Interrupt interrupt = {});
-  // y, the final state, and the tape: tape_size(shape, run.steps, B) elements.
+  // y, the final state, and the tape.
   void record(const Forward<S>& run, S* tape, Interrupt interrupt = {});
   // grad_x and grad_initial; gathers the weight gradients.
   void reverse(const Forward<S>& run, const Reverse<S>& grad, Interrupt interrupt = {});
-  // Adds the weight gradients that were gathered, one a layer; null biases are skipped, and layers
-  // with a null w_ih. Once, at the end.
+  // Adds the weight gradients that were gathered, one a layer; null biases and learned states are
+  // skipped, and layers with a null w_ih. Once, at the end.
   void finish(const Weights<S>* grad_weights);
 
   // Bytes that all the verbs together take for themselves.

@@ -1,5 +1,5 @@
 // Plain types of the public C++ API. Sizes: T steps, B batch rows, I input, H hidden, G gates, L
-// layers.
+// layers, D directions.
 #pragma once
 #include <cstddef>
 
@@ -42,6 +42,8 @@ struct LayerShape {
   Cell cell;
   Index input_size;
   Index hidden_size;
+  // Values of h, and of y, a step and row.
+  constexpr Index output_size() const { return hidden_size; }
 };
 
 // A sequence [T, B, F] whose last axis is contiguous: element (t, b, f) is data[t*step + b*row +
@@ -57,21 +59,52 @@ struct Sequence {
   }
 };
 
-// h and, for the LSTM, c: [B, H] of a layer or [L, B, H] of a stack, contiguous.
+// h and, for the LSTM, c: [B, H] of a layer or [L*D, B, H] of a stack, contiguous.
 template <class S>
 struct State {
   S* h = nullptr;
   S* c = nullptr;
 };
 
-// PyTorch's layout: w_ih [G*H, I], w_hh [G*H, H], biases [G*H] or null.
+// Of one layer in one direction, in PyTorch's layout: w_ih [G*H, I], w_hh [G*H, H], biases [G*H] or
+// null, and the learned initial state h0, c0 [H] or null.
 template <class S>
 struct Weights {
   S* w_ih = nullptr;
   S* w_hh = nullptr;
   S* b_ih = nullptr;
   S* b_hh = nullptr;
+  S* h0 = nullptr;
+  S* c0 = nullptr;
 };
+
+// The same as a list, for those who treat them all alike.
+constexpr int weights_a_layer = 6;
+template <class S>
+constexpr S* Weights<S>::* weight_member[weights_a_layer] = {&Weights<S>::w_ih, &Weights<S>::w_hh,
+                                                             &Weights<S>::b_ih, &Weights<S>::b_hh,
+                                                             &Weights<S>::h0,   &Weights<S>::c0};
+
+// Of one in that list; columns 0: a vector.
+struct WeightShape {
+  Index rows;
+  Index columns;
+};
+constexpr WeightShape weight_shape(const LayerShape& s, int which) {
+  const Index rows = gates(s.cell) * s.hidden_size;
+  switch (which) {
+    case 0:
+      return {rows, s.input_size};
+    case 1:
+      return {rows, s.output_size()};
+    case 4:
+      return {s.output_size(), 0};
+    case 5:
+      return {s.hidden_size, 0};
+    default:
+      return {rows, 0};
+  }
+}
 
 enum class Loss { cross_entropy, mse };
 

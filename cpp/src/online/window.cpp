@@ -67,7 +67,7 @@ class Window : public OnlineLearner<S> {
     }
     if (any(absent, B_, false)) {
       const Index I = stack_.input_size, H = stack_.hidden_size;
-      Session<S> session(stack_, weights_.data(), 1, B_);
+      Session<S> session(stack_, weights_.data(), {1, B_});
       const Forward<S> run{1,
                            {x, BI_, I},
                            {h_.data(), c_.data()},
@@ -101,7 +101,7 @@ class Window : public OnlineLearner<S> {
     counters_[2] = 0;
     if (!any(with_error_.data(), slots_, true)) return;
     const Index first = (head() + slots_ - n) % slots_;
-    Session<S> session(stack_, weights_.data(), n, B_);
+    Session<S> session(stack_, weights_.data(), {n, B_});
     for (Error& error : errors_) error.clear();
     for (Index end = n; end > 0;) {
       Index begin = end - 1;

@@ -3,6 +3,10 @@
 // there is no barrier; the weight gradients of the threads are added up at the end, always in the
 // same order. Or, where the batch is too small for that, hidden units: the threads do each step
 // together.
+//
+// In one direction the layers take turns in each chunk, while it is in the cache. With two a layer
+// needs the last step of the one below first, so each runs through all of time before the next.
+// Backwards in time a kernel runs over sequences with negative strides, and knows nothing of it.
 #include <algorithm>
 #include <atomic>
 #include <memory>
@@ -10,8 +14,10 @@
 
 #include "dispatch/dispatch.h"
 #include "fastbptt/buffer.h"
+#include "fastbptt/random.h"
 #include "fastbptt/recurrent.h"
 #include "fastbptt/runtime.h"
+#include "schedules/lengths.h"
 #include "schedules/stop_flag.h"
 #include "threads/pool.h"
 
@@ -28,16 +34,6 @@ constexpr Index direct_rows = 8;
 // Work between two looks for an interrupt: a few hundredths of a second on a slow core.
 constexpr double chunk_flops = 5e8;
 
-// Rows of the batch for each of `parts` threads; or, if team > 1, one part that they do together.
-struct Split {
-  Index B;
-  int parts;
-  int team;
-  Index begin(int p) const { return B * p / parts; }
-  Index rows(int p) const { return begin(p + 1) - begin(p); }
-  Index most_rows() const { return (B + parts - 1) / parts; }
-};
-
 // Rows a thread below which the weights are read so often that it is better to share them out.
 constexpr Index rows_a_thread = 4;
 
@@ -46,21 +42,69 @@ constexpr double flops_a_barrier = 5e4;
 
 // Of all layers, one step and row.
 double step_flops(const StackShape& s) {
-  return 2.0 * gates(s.cell) * s.hidden_size *
-         (s.input_size + s.hidden_size * (2.0 * s.num_layers - 1));
+  double columns = 0;
+  for (Index k = 0; k < s.layers(); ++k) columns += s.layer(k).input_size + s.output_size();
+  return 2.0 * gates(s.cell) * s.hidden_size * columns;
 }
 
-Split split_work(const StackShape& s, Index T, Index B) {
+// How the rows of the batch are shared out: to `parts` threads; or, if team > 1, to one part that
+// the threads do together.
+struct Split {
+  int parts;
+  int team;
+};
+
+// `rows`: of time x batch.
+Split split_work(const StackShape& s, Index rows, Index B) {
   const double threads = get_num_threads();
-  const double worth = std::max(1.0, step_flops(s) * T * B / flops_a_thread);
-  const double layer_step = step_flops(s) * B / s.num_layers;
+  const double worth = std::max(1.0, step_flops(s) * rows / flops_a_thread);
+  const double layer_step = step_flops(s) * B / s.layers();
   if (B < rows_a_thread * threads) {
     const int team = static_cast<int>(std::min({threads, worth, layer_step / flops_a_barrier}));
     // Members that took turns on a CPU would wait for each other at every step.
     const int fit = team >= 2 ? std::min(team, usable_cpus()) : 1;
-    if (fit >= 2) return {B, 1, fit};
+    if (fit >= 2) return {1, fit};
   }
-  return {B, static_cast<int>(std::min({worth, double(B), threads})), 1};
+  return {static_cast<int>(std::min({worth, double(B), threads})), 1};
+}
+
+// The rows of one thread: those at the ranks first, first + stride, and so on.
+struct Part {
+  Index rows;
+  Index begin;  // rows of the parts before it
+  Index first;
+  Index stride;
+  // Where its rows lie in the caller's sequences, if one stride leads from each to the next.
+  bool even;
+  Index row;
+  Index row_stride;
+  Index rank(Index j) const { return first + j * stride; }
+  // How many of its rows a block has; they are the first ones.
+  Index rows_in(const Block& block) const {
+    return block.rows > first ? std::min(rows, (block.rows - first + stride - 1) / stride) : 0;
+  }
+};
+
+// Where lengths differ, each part takes its share of the long rows and of the short ones.
+std::vector<Part> share_rows(const Lengths& lengths, Index B, int count) {
+  std::vector<Part> parts;
+  Index begin = 0;
+  for (int p = 0; p < count; ++p) {
+    Part part{};
+    part.rows = B / count + (p < B % count);
+    part.begin = begin;
+    part.first = lengths.given() ? p : begin;
+    part.stride = lengths.given() ? count : 1;
+    part.row = lengths.row(part.first);
+    part.row_stride = part.rows > 1 ? lengths.row(part.rank(1)) - part.row : 1;
+    part.even = true;
+    for (Index j = 1; j < part.rows; ++j) {
+      part.even &= lengths.row(part.rank(j)) == part.row + j * part.row_stride;
+    }
+    begin += part.rows;
+    parts.push_back(part);
+  }
+  return parts;
 }
 
 // Calls body(part, team) for every part, or for every member of the team.
@@ -96,42 +140,54 @@ Index chunk_steps(const StackShape& s, Index rows, Index T) {
   return std::max<Index>(1, static_cast<Index>(most) / rows);
 }
 
-// Where the parts of a tape lie: each layer's own, then y of every layer but the last.
+// Where the parts of a tape lie: each layer's own, then y of every layer but the last, each block
+// behind the one before; then, where lengths differ, the states that the blocks begin with.
 template <class S>
 struct TapeLayout {
-  StackShape shape;
-  Index T;
-  Index B;
-  Index layer_size() const { return T * B * tape_width(shape.cell) * shape.hidden_size; }
-  Index y_size() const { return T * B * shape.hidden_size; }
-  Index size() const { return shape.num_layers * layer_size() + (shape.num_layers - 1) * y_size(); }
-  Sequence<S> layer(S* tape, Index l) const {
-    const Index width = tape_width(shape.cell) * shape.hidden_size;
-    return {tape + l * layer_size(), B * width, width};
+  const StackShape& shape;
+  const Blocks& blocks;
+  bool states;
+  Index width() const { return tape_width(shape.cell) * shape.hidden_size; }
+  Index y_width() const { return shape.directions * shape.output_size(); }
+  Index y_offset() const { return shape.layers() * blocks.rows * width(); }
+  Index h_offset() const { return y_offset() + (shape.num_layers - 1) * blocks.rows * y_width(); }
+  Index c_offset() const {
+    return h_offset() + (states ? shape.layers() * blocks.starts * shape.output_size() : 0);
   }
-  Sequence<S> y(S* tape, Index l) const {
-    const Index H = shape.hidden_size;
-    return {tape + shape.num_layers * layer_size() + l * y_size(), B * H, H};
+  Index size() const {
+    const bool cells = states && has_cell_state(shape.cell);
+    return c_offset() + (cells ? shape.layers() * blocks.starts * shape.hidden_size : 0);
+  }
+  S* layer(S* tape, Index k) const { return tape + k * blocks.rows * width(); }
+  S* y(S* tape, Index l) const { return tape + y_offset() + l * blocks.rows * y_width(); }
+  State<S> start(S* tape, Index k, const Block& block) const {
+    const Index row = k * blocks.starts + block.before;
+    return {tape + h_offset() + row * shape.output_size(),
+            has_cell_state(shape.cell) ? tape + c_offset() + row * shape.hidden_size : nullptr};
   }
 };
 
+// The rows of layer k from row b on.
 template <class S>
-State<S> layer_state(State<S> all, Index l, Index B, Index H, Index b) {
-  const Index offset = (l * B + b) * H;
-  return {all.h ? all.h + offset : nullptr, all.c ? all.c + offset : nullptr};
+State<S> layer_state(const StackShape& s, State<S> all, Index k, Index B, Index b) {
+  const Index row = k * B + b;
+  return {all.h ? all.h + row * s.output_size() : nullptr,
+          all.c ? all.c + row * s.hidden_size : nullptr};
 }
 
-template <class S>
-void copy_state(const StackShape& s, Index B, State<const S> from, State<S> to) {
-  const Index n = s.num_layers * B * s.hidden_size;
-  const auto copy = [n](const S* source, S* target) {
-    if (source)
-      std::copy(source, source + n, target);
-    else
-      std::fill(target, target + n, S(0));
+// Rows [0, n) of both parts of a state, each row from and to where the functions say.
+template <class S, class From, class To>
+void copy_rows(const LayerShape& s, Index n, State<const S> from, From&& row, State<S> to,
+               To&& row_to) {
+  const auto copy = [&](const S* source, S* target, Index columns) {
+    for (Index i = 0; i < n; ++i) {
+      S* const own = target + row_to(i) * columns;
+      source ? std::copy_n(source + row(i) * columns, columns, own)
+             : std::fill_n(own, columns, S(0));
+    }
   };
-  copy(from.h, to.h);
-  if (has_cell_state(s.cell)) copy(from.c, to.c);
+  copy(from.h, to.h, s.output_size());
+  if (has_cell_state(s.cell)) copy(from.c, to.c, s.hidden_size);
 }
 
 // One allocation cut into consecutive pieces, each aligned.
@@ -159,7 +215,10 @@ struct ForwardMemory {
   Arena<S> arena;
   std::vector<Index> packed;
   std::vector<Index> scratch;
-  std::vector<Index> middle;  // two runs of y between layers, for advance
+  std::vector<Index> middle;   // two chunks of y between layers, for advance
+  std::vector<Index> dropped;  // a chunk of what dropout left
+  std::vector<Index> x;        // chunks of the caller's, where rows lie unevenly there
+  std::vector<Index> y;
 };
 
 // The memory of reverse; scratch by part and layer, with the weight gradients so far.
@@ -168,8 +227,35 @@ struct ReverseMemory {
   Arena<S> arena;
   std::vector<Index> packed;
   std::vector<Index> scratch;
-  std::vector<Index> middle;  // two runs of dL/dx between layers
+  std::vector<Index> middle;  // two chunks of dL/dx between layers
+  std::vector<Index> dropped;
+  std::vector<Index> x;
+  std::vector<Index> y;  // with the step before the chunk
+  std::vector<Index> grad_y;
+  std::vector<Index> grad_x;  // a chunk that is still to be added, or put where its rows belong
+  std::vector<Index> start;   // the state that a block begins with
 };
+
+// Steps [t0, t1) of a block: what a kernel is called for.
+struct Chunk {
+  const Block* block;
+  Index t0;
+  Index t1;
+  Index rows;  // of the part
+  Index steps() const { return t1 - t0; }
+};
+
+// In the order of time of direction d: the last step of some comes first in direction 1.
+template <class S>
+Sequence<S> directed(const Sequence<S>& all, Index steps, Index d) {
+  if (d == 0 || !all.data) return all;
+  return {all.at(steps - 1), -all.step, all.row};
+}
+
+template <class S>
+Sequence<const S> read_only(const Sequence<S>& all) {
+  return {all.data, all.step, all.row};
+}
 
 }  // namespace
 
@@ -178,52 +264,113 @@ struct Session<S>::Data {
   StackShape shape;
   std::vector<Weights<const S>> weights;
   Index B;
+  Lengths lengths;
+  bool packed;
+  bool drops;
+  std::uint64_t seed;
+  Index longest;
+  Blocks all;
   Split split;
-  Index chunk;  // steps of a chunk
+  std::vector<Part> parts;
   bool direct;
+  Index capacity;  // rows of time x batch in a chunk, at most
   std::unique_ptr<ForwardMemory<S>> forward_memory;
   std::unique_ptr<ReverseMemory<S>> reverse_memory;
+  std::vector<S> grad_learned;  // of the learned states, by layer, h and then c
 
-  Data(const StackShape& s, const Weights<const S>* w, Index T, Index rows, Index longest)
+  Data(const StackShape& s, const Weights<const S>* w, const Batch& batch, Index most_steps)
       : shape(s),
-        weights(w, w + s.num_layers),
-        B(rows),
-        split(split_work(s, T, rows)),
-        chunk(chunk_steps(s, split.most_rows(), longest)),
-        direct(T * rows <= direct_rows) {}
+        weights(w, w + s.layers()),
+        B(batch.B),
+        lengths(batch),
+        packed(batch.packed),
+        drops(batch.seed && s.dropout > 0 && s.num_layers > 1),
+        seed(batch.seed ? *batch.seed : 0),
+        longest(most_steps),
+        all(lengths.blocks(batch.begin, batch.T)),
+        split(split_work(s, all.rows, batch.B)),
+        parts(share_rows(lengths, batch.B, split.parts)),
+        direct(all.rows <= direct_rows),
+        capacity(0) {
+    for_sizes([&](Index steps, Index rows) { capacity = std::max(capacity, steps * rows); });
+    if (learns_state()) grad_learned.assign(shape.layers() * state_width(), S(0));
+  }
 
   static const LayerKernels<S>& kernel() { return kernels().layer<S>(); }
-  Index between() const { return chunk * split.most_rows() * shape.hidden_size; }
+  bool ragged() const { return lengths.given(); }
+  bool learns_state() const { return weights[0].h0 != nullptr; }
+  Index y_width() const { return shape.directions * shape.output_size(); }
+  Index state_width() const {
+    return shape.output_size() + (has_cell_state(shape.cell) ? shape.hidden_size : 0);
+  }
+  bool uneven() const {
+    return std::any_of(parts.begin(), parts.end(), [](const Part& part) { return !part.even; });
+  }
+
+  // Calls f(steps, rows) for each size that a chunk can have.
+  template <class F>
+  void for_sizes(F&& f) const {
+    Index last = 0;
+    for (const Block& block : all.list) {
+      for (const Part& part : parts) {
+        const Index rows = part.rows_in(block);
+        if (rows > 0 && rows != last) f(chunk_steps(shape, rows, longest), rows);
+        last = rows;
+      }
+    }
+  }
 
   ForwardMemory<S> lay_out_forward() const {
     const Index L = shape.num_layers;
     ForwardMemory<S> memory;
     Index scratch = 0;
-    for (Index l = 0; l < L; ++l) {
-      const LayerShape layer = shape.layer(l);
+    for (Index k = 0; k < shape.layers(); ++k) {
+      const LayerShape layer = shape.layer(k);
       memory.packed.push_back(memory.arena.reserve(direct ? 0 : kernel().forward_packed(layer)));
-      scratch =
-          std::max(scratch, kernel().forward_scratch(layer, chunk, split.most_rows(), split.team));
+      for_sizes([&](Index steps, Index rows) {
+        scratch = std::max(scratch, kernel().forward_scratch(layer, steps, rows, split.team));
+      });
     }
-    for (int p = 0; p < split.parts; ++p) {
+    for (std::size_t p = 0; p < parts.size(); ++p) {
+      const auto chunk = [&](bool needed, Index columns) {
+        return memory.arena.reserve(needed ? capacity * columns : 0);
+      };
       memory.scratch.push_back(memory.arena.reserve(scratch));
-      memory.middle.push_back(memory.arena.reserve(L > 1 ? 2 * between() : 0));
+      memory.middle.push_back(chunk(L > 1 && shape.directions == 1, 2 * y_width()));
+      memory.dropped.push_back(chunk(drops, y_width()));
+      memory.x.push_back(chunk(!parts[p].even, shape.input_size));
+      memory.y.push_back(chunk(!parts[p].even, shape.output_size()));
     }
     return memory;
   }
 
   ReverseMemory<S> lay_out_reverse() const {
-    const Index L = shape.num_layers;
+    const Index L = shape.num_layers, K = shape.layers(), R = shape.output_size();
     ReverseMemory<S> memory;
-    for (Index l = 0; l < L; ++l) {
-      memory.packed.push_back(memory.arena.reserve(kernel().reverse_packed(shape.layer(l))));
+    for (Index k = 0; k < K; ++k) {
+      memory.packed.push_back(memory.arena.reserve(kernel().reverse_packed(shape.layer(k))));
     }
-    for (int p = 0; p < split.parts; ++p) {
-      for (Index l = 0; l < L; ++l) {
-        memory.scratch.push_back(memory.arena.reserve(
-            kernel().reverse_scratch(shape.layer(l), chunk, split.most_rows(), split.team)));
+    for (const Part& part : parts) {
+      const auto chunk = [&](bool needed, Index columns) {
+        return memory.arena.reserve(needed ? capacity * columns : 0);
+      };
+      for (Index k = 0; k < K; ++k) {
+        Index scratch = 0;
+        for_sizes([&](Index steps, Index rows) {
+          scratch =
+              std::max(scratch, kernel().reverse_scratch(shape.layer(k), steps, rows, split.team));
+        });
+        memory.scratch.push_back(memory.arena.reserve(scratch));
       }
-      memory.middle.push_back(memory.arena.reserve(L > 1 ? 2 * between() : 0));
+      const bool both = shape.directions == 2;
+      memory.middle.push_back(chunk(L > 1 && !both, 2 * R));
+      memory.dropped.push_back(chunk(drops, y_width()));
+      memory.x.push_back(chunk(!part.even, shape.input_size));
+      memory.y.push_back(memory.arena.reserve(part.even ? 0 : (capacity + part.rows) * R));
+      memory.grad_y.push_back(chunk(!part.even, R));
+      memory.grad_x.push_back(chunk(both || !part.even, std::max(shape.input_size, y_width())));
+      memory.start.push_back(
+          memory.arena.reserve(ragged() && part.stride > 1 ? part.rows * state_width() : 0));
     }
     return memory;
   }
@@ -232,8 +379,8 @@ struct Session<S>::Data {
     if (!forward_memory) {
       auto memory = std::make_unique<ForwardMemory<S>>(lay_out_forward());
       memory->arena.allocate();
-      for (Index l = 0; l < shape.num_layers && !direct; ++l) {
-        kernel().forward_pack(shape.layer(l), weights[l], memory->arena.at(memory->packed[l]));
+      for (Index k = 0; k < shape.layers() && !direct; ++k) {
+        kernel().forward_pack(shape.layer(k), weights[k], memory->arena.at(memory->packed[k]));
       }
       forward_memory = std::move(memory);
     }
@@ -244,108 +391,425 @@ struct Session<S>::Data {
     if (!reverse_memory) {
       auto memory = std::make_unique<ReverseMemory<S>>(lay_out_reverse());
       memory->arena.allocate();
-      for (Index l = 0; l < shape.num_layers; ++l) {
-        kernel().reverse_pack(shape.layer(l), weights[l], memory->arena.at(memory->packed[l]));
+      for (Index k = 0; k < shape.layers(); ++k) {
+        kernel().reverse_pack(shape.layer(k), weights[k], memory->arena.at(memory->packed[k]));
+        for (std::size_t p = 0; p < parts.size(); ++p) {
+          kernel().reverse_begin(shape.layer(k), scratch_of(*memory, p, k));
+        }
       }
       reverse_memory = std::move(memory);
     }
     return *reverse_memory;
   }
 
-  S* scratch_of(const ReverseMemory<S>& memory, int p, Index l) const {
-    return memory.arena.at(memory.scratch[p * shape.num_layers + l]);
+  S* scratch_of(const ReverseMemory<S>& memory, Index p, Index k) const {
+    return memory.arena.at(memory.scratch[p * shape.layers() + k]);
+  }
+
+  // What the rows of the batch begin with, null for zeros, in the caller's order.
+  Buffer<S> learned_start() const {
+    const Index K = shape.layers(), R = shape.output_size(), H = shape.hidden_size;
+    Buffer<S> buffer(K * B * state_width());
+    const State<S> start = state_in(buffer.data());
+    for (Index k = 0; k < K; ++k) {
+      for (Index b = 0; b < B; ++b) {
+        std::copy_n(weights[k].h0, R, start.h + (k * B + b) * R);
+        if (start.c) std::copy_n(weights[k].c0, H, start.c + (k * B + b) * H);
+      }
+    }
+    return buffer;
+  }
+  State<S> state_in(S* data) const {
+    return {data,
+            has_cell_state(shape.cell) ? data + shape.layers() * B * shape.output_size() : nullptr};
+  }
+
+  // The learned state gets what comes back to the begin of the sequence, of all rows.
+  void gather_learned(const State<S>& grad) {
+    const Index R = shape.output_size(), H = shape.hidden_size;
+    for (Index k = 0; k < shape.layers(); ++k) {
+      S* const to = grad_learned.data() + k * state_width();
+      for (Index b = 0; b < B; ++b) {
+        for (Index i = 0; i < R; ++i) to[i] += grad.h[(k * B + b) * R + i];
+        for (Index i = 0; i < H && grad.c; ++i) to[R + i] += grad.c[(k * B + b) * H + i];
+      }
+    }
+  }
+
+  // A state in the order of the parts, in which a thread's rows follow each other.
+  struct OwnState {
+    Buffer<S> buffer;
+    State<S> view;
+  };
+
+  // `from` copied to where the verbs work on it: in `to` itself where all is in the caller's order.
+  OwnState begin_state(const State<const S>& from, const State<S>& to) const {
+    OwnState own;
+    own.view = to;
+    if (ragged()) {
+      own.buffer = Buffer<S>(shape.layers() * B * state_width());
+      own.view = state_in(own.buffer.data());
+    }
+    for_rows([&](Index k, const Part& part) {
+      copy_rows(
+          shape.layer(k), part.rows, layer_state(shape, from, k, B, 0),
+          [&](Index j) { return lengths.row(part.rank(j)); },
+          layer_state(shape, own.view, k, B, part.begin), [](Index j) { return j; });
+    });
+    return own;
+  }
+  void end_state(const OwnState& own, const State<S>& to) const {
+    if (!ragged()) return;
+    for_rows([&](Index k, const Part& part) {
+      const State<S> rows = layer_state(shape, own.view, k, B, part.begin);
+      copy_rows<S>(
+          shape.layer(k), part.rows, {rows.h, rows.c}, [](Index j) { return j; },
+          layer_state(shape, to, k, B, 0), [&](Index j) { return lengths.row(part.rank(j)); });
+    });
+  }
+  template <class F>
+  void for_rows(F&& f) const {
+    for (Index k = 0; k < shape.layers(); ++k) {
+      for (const Part& part : parts) f(k, part);
+    }
+  }
+
+  // Calls f(chunk) for the chunks of a part, in the order of time of `d` or, if not forward,
+  // against it.
+  template <class F>
+  void for_chunks(const Blocks& blocks, const Part& part, bool ascending, F&& f) const {
+    const Index count = static_cast<Index>(blocks.list.size());
+    for (Index i = 0; i < count; ++i) {
+      const Block& block = blocks.list[ascending ? i : count - 1 - i];
+      const Index rows = part.rows_in(block);
+      if (rows == 0) continue;
+      const Index chunk = chunk_steps(shape, rows, longest);
+      const Index n = (block.t1 - block.t0 + chunk - 1) / chunk;
+      for (Index j = 0; j < n; ++j) {
+        const Index t0 = block.t0 + (ascending ? j : n - 1 - j) * chunk;
+        if (!f(Chunk{&block, t0, std::min(t0 + chunk, block.t1), rows})) return;
+      }
+    }
+  }
+
+  // One call of a verb, as one thread sees it.
+  struct Walk {
+    const Forward<S>& run;
+    const Blocks& blocks;
+    const Part& part;
+    Index p;
+    const Team& team;
+  };
+
+  // Calls f(i) for i in [0, n), shared out to the team, and waits for all.
+  template <class F>
+  static void each(const Team& team, Index n, F&& f) {
+    for (Index i = team.begin(n); i < team.end(n); ++i) f(i);
+    team.wait();
+  }
+
+  // The rows of a chunk in an array of the session's own, [rows of time x batch, columns].
+  template <class E>
+  Sequence<E> inside(const Walk& w, const Chunk& c, E* base, Index columns, Index from) const {
+    const Block& b = *c.block;
+    return {base + (b.first + (c.t0 - b.t0) * b.rows + w.part.first) * columns + from,
+            b.rows * columns, w.part.stride * columns};
+  }
+
+  // The steps of a chunk in a sequence of the caller's, and its rows, if they lie evenly.
+  template <class E>
+  Sequence<E> outside(const Walk& w, const Chunk& c, const Sequence<E>& all) const {
+    if (!all.data) return all;
+    const Block& b = *c.block;
+    Sequence<E> own = all;
+    if (packed) {
+      own.step = b.rows * all.row;
+      own.data = all.data + (b.first + (c.t0 - b.t0) * b.rows) * all.row;
+    } else {
+      own.data = all.at(c.t0 - w.run.begin);
+    }
+    if (!w.part.even) return own;
+    return {own.at(0, w.part.row), own.step, w.part.row_stride * all.row};
+  }
+
+  // Steps [from, n) of a chunk, in the order of direction d, copied to rows that follow each other.
+  Sequence<const S> gathered(const Walk& w, const Chunk& c, const Sequence<const S>& all, Index d,
+                             Index from, Index columns, S* to) const {
+    const Sequence<const S> own = directed(all, c.steps(), d);
+    each(w.team, c.steps() - from, [&](Index s) {
+      for (Index j = 0; j < c.rows; ++j) {
+        std::copy_n(own.at(from + s, lengths.row(w.part.rank(j))), columns,
+                    to + (s * c.rows + j) * columns);
+      }
+    });
+    return {to - from * c.rows * columns, c.rows * columns, columns};
+  }
+
+  // x of a layer: the caller's, or what the one below gave, after the dropout; in order of time.
+  template <class Below>
+  Sequence<const S> input(const Walk& w, const Chunk& c, Index l, Index d, S* gather, S* dropped,
+                          Below&& below) const {
+    if (l == 0) {
+      const Sequence<const S> x = outside(w, c, w.run.x);
+      if (w.part.even) return directed(x, c.steps(), d);
+      return gathered(w, c, x, d, 0, shape.input_size, gather);
+    }
+    Sequence<const S> x = below(l - 1);
+    if (drops) {
+      const Sequence<S> to{dropped, c.rows * y_width(), y_width()};
+      each(w.team, c.steps() * c.rows, [&](Index i) {
+        const Index t = i / c.rows, j = i % c.rows;
+        drop(w, c.t0 + t, j, l - 1, x.at(t, j), to.at(t, j));
+      });
+      x = read_only(to);
+    }
+    return directed(x, c.steps(), d);
+  }
+
+  // The dropout of what layer l gave at one step of one row; or of its gradient, which is the same.
+  void drop(const Walk& w, Index t, Index j, Index l, const S* from, S* to) const {
+    const S scale = shape.dropout < 1 ? S(1 / (1 - shape.dropout)) : S(0);
+    const Place place{Draw::dropout, l, t, lengths.row(w.part.rank(j))};
+    draw_units(seed, place, shape.dropout, y_width(),
+               [&](Index i, bool keep) { to[i] = keep ? from[i] * scale : S(0); });
+  }
+
+  // Zeros behind the length of each row.
+  void clear_padding(const Forward<S>& run, const Sequence<S>& to, Index columns) const {
+    if (!ragged() || packed || !to.data) return;
+    for (Index rank = 0; rank < B; ++rank) {
+      for (Index t = std::max(lengths.length(rank), run.begin); t < run.begin + run.steps; ++t) {
+        std::fill_n(to.at(t - run.begin, lengths.row(rank)), columns, S(0));
+      }
+    }
+  }
+
+  // Calls step(l, d, chunk) for all of a part: the layers forward, or backward from the last.
+  template <class F>
+  void for_layers(const Walk& w, bool forward, StopFlag& stop, F&& step) const {
+    const Index L = shape.num_layers;
+    if (shape.directions == 1) {
+      for_chunks(w.blocks, w.part, forward, [&](const Chunk& c) {
+        if (asked_to_stop(stop, w.team)) return false;
+        for (Index i = 0; i < L; ++i) step(forward ? i : L - 1 - i, 0, c);
+        return true;
+      });
+      return;
+    }
+    for (Index i = 0; i < L; ++i) {
+      for (Index d = 0; d < 2; ++d) {
+        for_chunks(w.blocks, w.part, forward == (d == 0), [&](const Chunk& c) {
+          if (asked_to_stop(stop, w.team)) return false;
+          step(forward ? i : L - 1 - i, d, c);
+          return true;
+        });
+      }
+    }
   }
 
   void forward(const Forward<S>& run, S* tape, Interrupt interrupt) {
-    const Index L = shape.num_layers, n = run.steps, H = shape.hidden_size;
-    copy_state(shape, B, run.initial, run.final);
-    if (n == 0) return;
+    const Index L = shape.num_layers, D = shape.directions, R = shape.output_size();
+    const Blocks blocks = lengths.blocks(run.begin, run.begin + run.steps);
+    const bool learned = learns_state() && !run.initial.h;
+    const Buffer<S> start = learned ? learned_start() : Buffer<S>();
+    const State<S> learned_state = learned ? state_in(start.data()) : State<S>{};
+    const State<const S> from =
+        learned ? State<const S>{learned_state.h, learned_state.c} : run.initial;
+    const OwnState state = begin_state(from, run.final);
+    clear_padding(run, run.y, y_width());
+    if (blocks.rows == 0) return end_state(state, run.final);
     const ForwardMemory<S>& memory = ready_forward();
-    const TapeLayout<S> layout{shape, n, B};
+    const TapeLayout<S> layout{shape, blocks, ragged()};
+    const Buffer<S> between(!tape && D == 2 && L > 1 ? 2 * blocks.rows * y_width() : 0);
     StopFlag stop(interrupt);
     run_split(split, [&](int p, const Team& team) {
-      const Index b = split.begin(p), rows = split.rows(p);
-      for (Index t = 0; t < n && !asked_to_stop(stop, team); t += chunk) {
-        const Index steps = std::min(chunk, n - t);
-        Sequence<const S> x = run.x.from(t, b);
-        for (Index l = 0; l < L; ++l) {
-          Sequence<S> y;
-          if (l == L - 1)
-            y = run.y.from(t, b);
-          else if (tape)
-            y = layout.y(tape, l).from(t, b);
-          else
-            y = {memory.arena.at(memory.middle[p]) + (l % 2) * between(), rows * H, H};
-          kernel().forward({shape.layer(l), steps, rows, x, y,
-                            tape ? layout.layer(tape, l).from(t, b) : Sequence<S>{},
-                            layer_state(run.final, l, B, H, b),
-                            direct ? nullptr : memory.arena.at(memory.packed[l]), weights[l], team,
-                            memory.arena.at(memory.scratch[p])});
-          x = {y.data, y.step, y.row};
+      const Walk w{run, blocks, parts[p], p, team};
+      const Index B_ = B;
+      // y of a layer below the last, all directions.
+      const auto middle = [&](Index l, const Chunk& c) -> Sequence<S> {
+        if (tape) return inside(w, c, layout.y(tape, l), y_width(), 0);
+        if (D == 2)
+          return inside(w, c, between.data() + l % 2 * blocks.rows * y_width(), y_width(), 0);
+        return {memory.arena.at(memory.middle[p]) + l % 2 * capacity * R, c.rows * R, R};
+      };
+      for_layers(w, true, stop, [&](Index l, Index d, const Chunk& c) {
+        const Index k = l * D + d;
+        const State<S> own = layer_state(shape, state.view, k, B_, w.part.begin);
+        const bool begins = d == 0 ? c.t0 == c.block->t0 : c.t1 == c.block->t1;
+        if (tape && ragged() && begins) {
+          const State<S> kept = layout.start(tape, k, *c.block);
+          if (team.rank == 0) {
+            copy_rows<S>(
+                shape.layer(k), c.rows, {own.h, own.c}, [](Index j) { return j; }, kept,
+                [&](Index j) { return w.part.rank(j); });
+          }
+          team.wait();
         }
+        const bool scattered = l == L - 1 && !w.part.even;
+        ForwardJob<S> job{};
+        job.shape = shape.layer(k);
+        job.steps = c.steps();
+        job.batch = c.rows;
+        job.x = input(w, c, l, d, memory.arena.at(memory.x[p]), memory.arena.at(memory.dropped[p]),
+                      [&](Index below) { return read_only(middle(below, c)); });
+        if (scattered) {
+          job.y = {memory.arena.at(memory.y[p]), c.rows * R, R};
+        } else {
+          const Sequence<S> y = l == L - 1 ? outside(w, c, run.y) : middle(l, c);
+          job.y = directed(Sequence<S>{y.data + d * R, y.step, y.row}, c.steps(), d);
+        }
+        if (tape) {
+          job.tape = directed(inside(w, c, layout.layer(tape, k), layout.width(), 0), c.steps(), d);
+        }
+        job.state = own;
+        job.packed = direct ? nullptr : memory.arena.at(memory.packed[k]);
+        job.weights = weights[k];
+        job.team = team;
+        job.scratch = memory.arena.at(memory.scratch[p]);
+        kernel().forward(job);
+        if (scattered) {
+          const Sequence<S> y = directed(outside(w, c, run.y), c.steps(), d);
+          each(team, c.steps(), [&](Index s) {
+            for (Index j = 0; j < c.rows; ++j) {
+              std::copy_n(job.y.at(s, j), R, y.at(s, lengths.row(w.part.rank(j))) + d * R);
+            }
+          });
+        }
+      });
+    });
+    stop.raise();
+    end_state(state, run.final);
+  }
+
+  void reverse(const Forward<S>& run, const Reverse<S>& grad, Interrupt interrupt) {
+    const Blocks blocks = lengths.blocks(run.begin, run.begin + run.steps);
+    const bool learned = learns_state() && !run.initial.h;
+    const OwnState state = begin_state(grad.grad_final, grad.grad_initial);
+    clear_padding(run, grad.grad_x, shape.input_size);
+    if (blocks.rows > 0) {
+      const Buffer<S> start = learned && !ragged() ? learned_start() : Buffer<S>();
+      State<const S> initial = run.initial;
+      if (start.size() > 0) {
+        const State<S> found = state_in(start.data());
+        initial = {found.h, found.c};
       }
+      reverse_blocks(run, grad, blocks, initial, state.view, interrupt);
+    }
+    end_state(state, grad.grad_initial);
+    if (learned) gather_learned(grad.grad_initial);
+  }
+
+  void reverse_blocks(const Forward<S>& run, const Reverse<S>& grad, const Blocks& blocks,
+                      const State<const S>& initial, const State<S>& state, Interrupt interrupt) {
+    const Index L = shape.num_layers, D = shape.directions, R = shape.output_size();
+    const ReverseMemory<S>& memory = ready_reverse();
+    const TapeLayout<const S> layout{shape, blocks, ragged()};
+    const Buffer<S> between(D == 2 && L > 1 ? 2 * blocks.rows * y_width() : 0);
+    StopFlag stop(interrupt);
+    run_split(split, [&](int p, const Team& team) {
+      const Walk w{run, blocks, parts[p], p, team};
+      // dL/dy of a layer below the last, all directions.
+      const auto middle = [&](Index l, const Chunk& c) -> Sequence<S> {
+        if (D == 2)
+          return inside(w, c, between.data() + l % 2 * blocks.rows * y_width(), y_width(), 0);
+        return {memory.arena.at(memory.middle[p]) + l % 2 * capacity * R, c.rows * R, R};
+      };
+      for_layers(w, false, stop, [&](Index l, Index d, const Chunk& c) {
+        const Index k = l * D + d, n = c.steps();
+        const bool even = w.part.even, top = l == L - 1;
+        const Index t_begin = d == 0 ? c.t0 : c.t1;
+        const Index block_begin = d == 0 ? c.block->t0 : c.block->t1;
+        const auto of_direction = [&](const Sequence<const S>& all) -> Sequence<const S> {
+          return directed(
+              Sequence<const S>{all.data ? all.data + d * R : nullptr, all.step, all.row}, n, d);
+        };
+        ReverseJob<S> job{};
+        job.shape = shape.layer(k);
+        job.steps = n;
+        job.batch = c.rows;
+        job.first = t_begin == block_begin;
+        job.initial = ragged() ? start_of(w, c, k, layout, grad.tape, job.first,
+                                          memory.arena.at(memory.start[p]))
+                               : layer_state(shape, initial, k, B, w.part.begin);
+        job.x = input(
+            w, c, l, d, memory.arena.at(memory.x[p]), memory.arena.at(memory.dropped[p]),
+            [&](Index below) { return inside(w, c, layout.y(grad.tape, below), y_width(), 0); });
+        if (!top) {
+          job.y = of_direction(inside(w, c, layout.y(grad.tape, l), y_width(), 0));
+          job.grad_y = of_direction(read_only(middle(l, c)));
+        } else {
+          const Sequence<const S> y = read_only(run.y);
+          const auto columns = [&](const Sequence<const S>& all) -> Sequence<const S> {
+            const Sequence<const S> own = outside(w, c, all);
+            return {own.data ? own.data + d * R : nullptr, own.step, own.row};
+          };
+          job.y = even ? directed(columns(y), n, d)
+                       : gathered(w, c, columns(y), d, job.first ? 0 : -1, R,
+                                  memory.arena.at(memory.y[p]));
+          job.grad_y = even || !grad.grad_y.data ? directed(columns(grad.grad_y), n, d)
+                                                 : gathered(w, c, columns(grad.grad_y), d, 0, R,
+                                                            memory.arena.at(memory.grad_y[p]));
+        }
+        job.tape = directed(inside(w, c, layout.layer(grad.tape, k), layout.width(), 0), n, d);
+        const Index columns = shape.layer(k).input_size;
+        const Sequence<S> wanted = l == 0 ? outside(w, c, grad.grad_x) : middle(l - 1, c);
+        const bool aside = wanted.data && (d == 1 || (l == 0 && !even));
+        job.grad_x = aside
+                         ? Sequence<S>{memory.arena.at(memory.grad_x[p]), c.rows * columns, columns}
+                         : directed(wanted, n, d);
+        job.grad_state = layer_state(shape, state, k, B, w.part.begin);
+        job.packed = memory.arena.at(memory.packed[k]);
+        job.team = team;
+        job.scratch = scratch_of(memory, p, k);
+        job.weights = !(grad.frozen && grad.frozen[k]);
+        kernel().reverse(job);
+        // Where all directions have come to it, the dropout of the layer below.
+        const bool dropping = drops && l > 0 && d == D - 1;
+        if (!aside && !dropping) return;
+        each(team, n * c.rows, [&](Index i) {
+          const Index s = i / c.rows, j = i % c.rows, t = d == 0 ? s : n - 1 - s;
+          S* const to = wanted.at(t, l == 0 && !even ? lengths.row(w.part.rank(j)) : j);
+          if (aside) {
+            const S* const more = job.grad_x.at(s, j);
+            for (Index f = 0; f < columns; ++f) to[f] = d == 0 ? more[f] : to[f] + more[f];
+          }
+          if (dropping) drop(w, c.t0 + t, j, l - 1, to, to);
+        });
+      });
     });
     stop.raise();
   }
 
-  void reverse(const Forward<S>& run, const Reverse<S>& grad, Interrupt interrupt) {
-    const Index L = shape.num_layers, H = shape.hidden_size;
-    copy_state(shape, B, grad.grad_final, grad.grad_initial);
-    if (run.steps == 0) return;
-    const bool fresh = !reverse_memory;
-    const ReverseMemory<S>& memory = ready_reverse();
-    const TapeLayout<const S> layout{shape, run.steps, B};
-    StopFlag stop(interrupt);
-    run_split(split, [&](int p, const Team& team) {
-      const Index b = split.begin(p), rows = split.rows(p);
-      for (Index l = 0; l < L && fresh && team.rank == 0; ++l) {
-        kernel().reverse_begin(shape.layer(l), scratch_of(memory, p, l));
-      }
-      for (Index end = run.steps; end > 0 && !asked_to_stop(stop, team);) {
-        const Index t = (end - 1) / chunk * chunk;
-        Sequence<const S> grad_y = grad.grad_y.from(t, b);
-        for (Index l = L - 1; l >= 0; --l) {
-          const auto y_of = [&](Index k) {
-            return k == L - 1 ? Sequence<const S>{run.y.data, run.y.step, run.y.row}
-                              : layout.y(grad.tape, k);
-          };
-          Sequence<S> grad_x = grad.grad_x.from(t, b);
-          if (l > 0) {
-            grad_x = {memory.arena.at(memory.middle[p]) + (l % 2) * between(), rows * H, H};
-          }
-          ReverseJob<S> job{};
-          job.shape = shape.layer(l);
-          job.steps = end - t;
-          job.batch = rows;
-          job.first = t == 0;
-          job.initial = layer_state(run.initial, l, B, H, b);
-          job.x = l == 0 ? run.x.from(t, b) : y_of(l - 1).from(t, b);
-          job.y = y_of(l).from(t, b);
-          job.tape = layout.layer(grad.tape, l).from(t, b);
-          job.grad_y = grad_y;
-          job.grad_x = grad_x;
-          job.grad_state = layer_state(grad.grad_initial, l, B, H, b);
-          job.packed = memory.arena.at(memory.packed[l]);
-          job.team = team;
-          job.scratch = scratch_of(memory, p, l);
-          job.weights = !(grad.frozen && grad.frozen[l]);
-          kernel().reverse(job);
-          grad_y = {grad_x.data, grad_x.step, grad_x.row};
-        }
-        end = t;
-      }
-    });
-    stop.raise();
+  // The state that the block of a chunk begins with, from the tape; rows one behind the other.
+  State<const S> start_of(const Walk& w, const Chunk& c, Index k, const TapeLayout<const S>& layout,
+                          const S* tape, bool needed, S* to) const {
+    const State<const S> kept = layout.start(tape, k, *c.block);
+    if (w.part.stride == 1 || !needed) return kept;
+    const State<S> own{
+        to, has_cell_state(shape.cell) ? to + w.part.rows * shape.output_size() : nullptr};
+    if (w.team.rank == 0) {
+      copy_rows<S>(
+          shape.layer(k), c.rows, kept, [&](Index j) { return w.part.rank(j); }, own,
+          [](Index j) { return j; });
+    }
+    w.team.wait();
+    return {own.h, own.c};
   }
 };
 
 template <class S>
-Session<S>::Session(const StackShape& shape, const Weights<const S>* weights, Index T, Index B,
+Session<S>::Session(const StackShape& shape, const Weights<const S>* weights, const Batch& batch,
                     Index longest)
-    : data_(std::make_unique<Data>(shape, weights, T, B, longest)) {}
+    : data_(std::make_unique<Data>(shape, weights, batch, longest)) {}
 
 template <class S>
 Session<S>::~Session() = default;
+
+template <class S>
+Index Session<S>::tape_size(Index begin, Index steps) const {
+  const Blocks blocks = data_->lengths.blocks(begin, begin + steps);
+  return TapeLayout<S>{data_->shape, blocks, data_->ragged()}.size();
+}
 
 template <class S>
 void Session<S>::advance(const Forward<S>& run, Interrupt interrupt) {
@@ -365,12 +829,16 @@ void Session<S>::reverse(const Forward<S>& run, const Reverse<S>& grad, Interrup
 template <class S>
 void Session<S>::finish(const Weights<S>* grad_weights) {
   const Data& data = *data_;
-  if (!data.reverse_memory) return;
-  for (Index l = 0; l < data.shape.num_layers; ++l) {
-    for (int p = 0; p < data.split.parts && grad_weights[l].w_ih; ++p) {
-      data.kernel().reverse_finish(data.shape.layer(l), data.scratch_of(*data.reverse_memory, p, l),
-                                   grad_weights[l]);
+  const Index R = data.shape.output_size();
+  for (Index k = 0; k < data.shape.layers(); ++k) {
+    const Weights<S>& to = grad_weights[k];
+    for (std::size_t p = 0; p < data.parts.size() && data.reverse_memory && to.w_ih; ++p) {
+      data.kernel().reverse_finish(data.shape.layer(k), data.scratch_of(*data.reverse_memory, p, k),
+                                   to);
     }
+    const S* const learned = data.grad_learned.data() + k * data.state_width();
+    for (Index i = 0; i < R && to.h0; ++i) to.h0[i] += learned[i];
+    for (Index i = 0; i < data.shape.hidden_size && to.c0; ++i) to.c0[i] += learned[R + i];
   }
 }
 
@@ -380,18 +848,22 @@ Index Session<S>::nbytes() const {
          Index(sizeof(S));
 }
 
-Index tape_size(const StackShape& shape, Index T, Index B) {
-  return TapeLayout<float>{shape, T, B}.size();
+Index tape_size(const StackShape& shape, const Batch& batch) {
+  const Lengths lengths(batch);
+  const Blocks blocks = lengths.blocks(0, batch.T);
+  return TapeLayout<float>{shape, blocks, lengths.given()}.size();
 }
 
 template <class S>
 void copy_tape_step(const StackShape& shape, Index B, const S* step, S* tape, Index T, Index t) {
-  const TapeLayout<const S> from{shape, 1, B};
-  const TapeLayout<S> to{shape, T, B};
+  const Blocks one{{}, B, 0}, all{{}, T * B, 0};
+  const TapeLayout<const S> from{shape, one, false};
+  const TapeLayout<S> to{shape, all, false};
+  const Index size = B * from.width(), y_size = B * from.y_width();
   for (Index l = 0; l < shape.num_layers; ++l) {
-    std::copy_n(from.layer(step, l).data, from.layer_size(), to.layer(tape, l).at(t));
+    std::copy_n(from.layer(step, l), size, to.layer(tape, l) + t * size);
     if (l == shape.num_layers - 1) break;
-    std::copy_n(from.y(step, l).data, from.y_size(), to.y(tape, l).at(t));
+    std::copy_n(from.y(step, l), y_size, to.y(tape, l) + t * y_size);
   }
 }
 

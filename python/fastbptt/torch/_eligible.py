@@ -21,7 +21,6 @@ def eligible(
     h: Tensor | None,
     c: Tensor | None,
     weights: Sequence[Tensor],
-    directions: int = 1,
 ) -> bool:
     """Whether the core takes these tensors, here and now.
 
@@ -50,7 +49,7 @@ def eligible(
             return False
     if run.batch_sizes is not None and traced:
         return False
-    return not _verbs.check(run, x, h, c, weights, directions)
+    return not _verbs.check(run, x, h, c, weights)
 
 
 def split_state(hx: Any, is_lstm: bool, dim: int) -> tuple[Tensor | None, Tensor | None] | None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fastbptt.torch._composed import composed
+from fastbptt.torch._dropout import with_dropout
 from fastbptt.torch._eligible import eligible, split_state
 from fastbptt.torch._ops import recurrent
 from fastbptt.torch._unseen import unseen
@@ -104,13 +104,13 @@ class _Layers(torch.nn.RNNBase):
         weights: list[Any] = [self._weight(name) for name in self._flat_weights_names]
         directions = 2 if self.bidirectional else 1
         batch_first = self.batch_first and batch_sizes is None
-        run = Run(_CELLS[self.mode], self.bias, batch_first, False, batch_sizes)
-        if not eligible(run, x, h, c, weights, directions):
+        run = Run(_CELLS[self.mode], self.bias, batch_first, directions, batch_sizes)
+        if not eligible(run, x, h, c, weights):
             return None
         dropout = self.dropout if self.training and self.num_layers > 1 else 0.0
-        if directions == 1 and dropout == 0.0:
+        if dropout == 0.0:
             return recurrent(run, x, h, c, weights)
-        return composed(run, x, h, c, weights, directions, dropout)
+        return with_dropout(run, x, h, c, weights, dropout)
 
     def _weight(self, name: str) -> Any:
         # A parametrised weight is a property, and not among the parameters.

@@ -26,7 +26,7 @@ def recurrent(
         tensor is not None and tensor.requires_grad for tensor in (x, h, c, *weights)
     )
     if is_traced():
-        how = run.cell, run.bias, run.batch_first, run.reversed
+        how = run.cell, run.bias, run.batch_first, run.directions
         if needs_grad:
             y, last_h, last_c, _ = record(x, h, c, list(weights), *how)
         else:
@@ -71,14 +71,14 @@ def _checked(
     cell: str,
     bias: bool,
     batch_first: bool,
-    reversed: bool,
+    directions: int,
     x: Tensor,
     h: Tensor | None,
     c: Tensor | None,
     weights: Sequence[Tensor],
 ) -> Run:
     """Return the run; `RuntimeError` if the core cannot take it."""
-    run = Run(cell, bias, batch_first, reversed)
+    run = Run(cell, bias, batch_first, directions)
     if problem := _verbs.check(run, x, h, c, weights):
         raise RuntimeError(problem)
     return run
@@ -93,10 +93,10 @@ def advance(
     cell: str,
     bias: bool,
     batch_first: bool,
-    reversed: bool,
+    directions: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y and the last h and c; of other cells than the LSTM, c is empty."""
-    run = _checked(cell, bias, batch_first, reversed, x, h, c, weights)
+    run = _checked(cell, bias, batch_first, directions, x, h, c, weights)
     y, last_h, last_c, _ = _verbs.forward(run, x, h, c, weights, keep=False)
     return y, last_h, x.new_empty(0) if last_c is None else last_c
 
@@ -110,10 +110,10 @@ def record(
     cell: str,
     bias: bool,
     batch_first: bool,
-    reversed: bool,
+    directions: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return what `advance` does, and the tape."""
-    run = _checked(cell, bias, batch_first, reversed, x, h, c, weights)
+    run = _checked(cell, bias, batch_first, directions, x, h, c, weights)
     y, last_h, last_c, tape = _verbs.forward(run, x, h, c, weights, keep=True)
     assert tape is not None
     return y, last_h, x.new_empty(0) if last_c is None else last_c, tape
@@ -133,20 +133,21 @@ def reverse(
     cell: str,
     bias: bool,
     batch_first: bool,
-    reversed: bool,
+    directions: int,
     need_x: bool,
     need_state: bool,
     need_weights: Sequence[bool],
 ) -> list[Tensor]:
     """Return the gradients of x, h, c and the weights; empty ones where not needed."""
-    run = _checked(cell, bias, batch_first, reversed, x, h, c, weights)
+    run = _checked(cell, bias, batch_first, directions, x, h, c, weights)
     H = weights[1].shape[1]
+    state = (len(weights) // (4 if bias else 2), _verbs.sizes(run, x)[1], H)
     for name, tensor, shape in (
-        ("y", y, (*x.shape[:-1], H)),
+        ("y", y, (*x.shape[:-1], directions * H)),
         ("tape", tape, (_verbs.tape_size(run, x, weights),)),
         ("grad_y", grad_y, y.shape),
-        ("grad_h", grad_h, (len(weights) // (4 if bias else 2), _verbs.sizes(run, x)[1], H)),
-        ("grad_c", grad_c, (len(weights) // (4 if bias else 2), _verbs.sizes(run, x)[1], H)),
+        ("grad_h", grad_h, state),
+        ("grad_c", grad_c, state),
     ):
         if tensor is not None and (tensor.shape != shape or tensor.dtype != x.dtype):
             found = f"{tensor.dtype} {tuple(tensor.shape)}"
@@ -179,11 +180,11 @@ def _(
     cell: str,
     bias: bool,
     batch_first: bool,
-    reversed: bool,
+    directions: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     H, L = weights[1].shape[1], len(weights) // (4 if bias else 2)
     state = (L, x.shape[0 if batch_first else 1], H)
-    y = x.new_empty((*x.shape[:-1], H))
+    y = x.new_empty((*x.shape[:-1], directions * H))
     return y, x.new_empty(state), x.new_empty(state if cell == "lstm" else 0)
 
 
@@ -196,10 +197,10 @@ def _(
     cell: str,
     bias: bool,
     batch_first: bool,
-    reversed: bool,
+    directions: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    y, last_h, last_c = advance(x, h, c, weights, cell, bias, batch_first, reversed)
-    tape = _verbs.tape_size(Run(cell, bias, batch_first, reversed), x, weights)
+    y, last_h, last_c = advance(x, h, c, weights, cell, bias, batch_first, directions)
+    tape = _verbs.tape_size(Run(cell, bias, batch_first, directions), x, weights)
     return y, last_h, last_c, x.new_empty(tape)
 
 
@@ -217,7 +218,7 @@ def _(
     cell: str,
     bias: bool,
     batch_first: bool,
-    reversed: bool,
+    directions: int,
     need_x: bool,
     need_state: bool,
     need_weights: Sequence[bool],

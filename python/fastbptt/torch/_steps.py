@@ -48,24 +48,24 @@ def _forward(
         steps = list(torch.split(x, run.batch_sizes.tolist()))
     else:
         steps = list(x.unbind(1 if run.batch_first else 0))
-    if run.reversed:
-        steps.reverse()
     a_layer = 4 if run.bias else 2
     last_h, last_c = [], []
-    for layer in range(len(weights) // a_layer):
-        own = weights[layer * a_layer : (layer + 1) * a_layer]
-        zeros = x.new_zeros(B, own[1].shape[1])
-        h_l = zeros if h is None else h[layer]
-        c_l = zeros if c is None else c[layer]
-        for t in range(T):
-            n = len(steps[t])
-            new_h, new_c = _step(run.cell, steps[t], h_l[:n], c_l[:n], own)
-            steps[t] = new_h
-            h_l, c_l = torch.cat([new_h, h_l[n:]]), torch.cat([new_c, c_l[n:]])
-        last_h.append(h_l)
-        last_c.append(c_l)
-    if run.reversed:
-        steps.reverse()
+    for layer in range(len(weights) // (a_layer * run.directions)):
+        outputs = []
+        for k in range(layer * run.directions, (layer + 1) * run.directions):
+            own = weights[k * a_layer : (k + 1) * a_layer]
+            zeros = x.new_zeros(B, own[1].shape[1])
+            h_k = zeros if h is None else h[k]
+            c_k = zeros if c is None else c[k]
+            results = list(steps)
+            for t in range(T) if k % run.directions == 0 else range(T - 1, -1, -1):
+                n = len(steps[t])
+                results[t], new_c = _step(run.cell, steps[t], h_k[:n], c_k[:n], own)
+                h_k, c_k = torch.cat([results[t], h_k[n:]]), torch.cat([new_c, c_k[n:]])
+            outputs.append(results)
+            last_h.append(h_k)
+            last_c.append(c_k)
+        steps = [torch.cat(both, -1) for both in zip(*outputs, strict=True)]
     y = (
         torch.cat(steps)
         if run.batch_sizes is not None

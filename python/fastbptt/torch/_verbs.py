@@ -23,7 +23,7 @@ class Run(NamedTuple):
     cell: str
     bias: bool
     batch_first: bool = False
-    reversed: bool = False
+    directions: int = 1
     batch_sizes: Tensor | None = None  # of a packed sequence
 
 
@@ -47,9 +47,9 @@ class Gradients(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def _verbs(
-    cell: str, input_size: int, hidden_size: int, num_layers: int, is_double: bool, reversed_: bool
+    cell: str, input_size: int, hidden_size: int, num_layers: int, directions: int, is_double: bool
 ) -> Verbs:
-    return Verbs(cell, input_size, hidden_size, num_layers, is_double, reversed_)
+    return Verbs(cell, input_size, hidden_size, num_layers, directions, is_double)
 
 
 def sizes(run: Run, x: Tensor) -> tuple[int, int]:
@@ -66,7 +66,6 @@ def check(
     h: Tensor | None,
     c: Tensor | None,
     weights: Sequence[Tensor],
-    directions: int = 1,
 ) -> str:
     """Return what the core cannot take, or an empty string; nothing behind this looks again."""
     dtype = x.dtype
@@ -74,7 +73,9 @@ def check(
         return f"x: got {dtype}, wanted float32 or float64"
     if x.dim() != (3 if run.batch_sizes is None else 2) or x.numel() == 0:
         return f"x: got shape {tuple(x.shape)}, wanted (T, B, I), none of them 0"
-    a_layer = 4 if run.bias else 2
+    a_layer, directions = 4 if run.bias else 2, run.directions
+    if directions not in (1, 2):
+        return f"directions: got {directions}, wanted 1 or 2"
     if not weights or len(weights) % (a_layer * directions) or weights[1].dim() != 2:
         return f"weights: got {len(weights)}, wanted {a_layer * directions} a layer"
     columns, H = x.shape[-1], weights[1].shape[1]
@@ -119,9 +120,9 @@ def verbs_of(run: Run, weights: Sequence[Tensor]) -> Verbs:
         run.cell,
         int(w_ih.shape[1]),
         int(w_hh.shape[1]),
-        len(weights) // (4 if run.bias else 2),
+        len(weights) // ((4 if run.bias else 2) * run.directions),
+        run.directions,
         w_ih.dtype is torch.float64,
-        run.reversed,
     )
 
 
@@ -138,7 +139,7 @@ def forward(
     T, B = sizes(run, x)
     H, packed = weights[1].shape[1], _address(run.batch_sizes)
     x, h, c, weights = _rows(x), _whole(h), _whole(c), _all_whole(weights)
-    y = x.new_empty((*x.shape[:-1], H))
+    y = x.new_empty((*x.shape[:-1], run.directions * H))
     last_h = x.new_empty((len(weights) // (4 if run.bias else 2), B, H))
     last_c = torch.empty_like(last_h) if run.cell == "lstm" else None
     tape = _new_tape(core, x, core.tape_size(T, B, packed)) if keep else None

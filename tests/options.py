@@ -1,0 +1,240 @@
+"""Stacks with the options that live between layers and around time, by the slow reference.
+
+Each row is run alone through `fastbptt._reference`, one layer and direction at a time, over its own
+steps and no others; a direction that runs backward gets its steps in the opposite order. Dropout is
+a product with a mask that NumPy draws again from the formula.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from random_numbers import DROPOUT, keeps
+from reference import GATES, Results, Run, load_weights, make_layer, named_state
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A stack, its input, and the error of its results.
+
+    x `[T, B, I]`, h and c `[L*D, B, H]` or None for the start that the stack has by itself, grad_y
+    `[T, B, D*H]`, grad_h and grad_c `[L*D, B, H]`; lengths `[B]` or None.
+    """
+
+    cell: str
+    num_layers: int
+    directions: int
+    dropout: float
+    seed: int
+    x: Array
+    lengths: Array | None
+    h: Array | None
+    c: Array | None
+    weights: dict[str, Array]
+    grad_y: Array
+    grad_h: Array
+    grad_c: Array | None
+
+    @property
+    def learned(self) -> bool:
+        return "h0_l0" in self.weights
+
+    def suffixes(self) -> list[str]:
+        ends = ("", "_reverse")[: self.directions]
+        return [f"_l{layer}{end}" for layer in range(self.num_layers) for end in ends]
+
+    def state(self) -> Any:
+        return self.h if self.c is None or self.h is None else (self.h, self.c)
+
+    def grad_state(self) -> Any:
+        return self.grad_h if self.grad_c is None else (self.grad_h, self.grad_c)
+
+    def astype(self, dtype: str) -> Problem:
+        def cast(value: Array | None) -> Array | None:
+            return None if value is None else value.astype(dtype)
+
+        names = ("x", "h", "c", "grad_y", "grad_h", "grad_c")
+        return replace(
+            self,
+            weights={name: w.astype(dtype) for name, w in self.weights.items()},
+            **{name: cast(getattr(self, name)) for name in names},
+        )
+
+    def rounding(self) -> float:
+        T, B, size = self.x.shape
+        H = self.grad_h.shape[-1]
+        longest = self.num_layers * (size + self.directions * H) + T * B
+        return 32.0 * float(np.finfo(self.x.dtype).eps) * np.sqrt(longest)
+
+
+def draw(
+    rng: np.random.Generator,
+    cell: str,
+    sizes: tuple[int, int, int, int],
+    *,
+    num_layers: int = 1,
+    directions: int = 1,
+    dropout: float = 0.0,
+    learned: bool = False,
+    ragged: bool = True,
+    with_state: bool = True,
+    bias: bool = True,
+    dtype: str = "float64",
+) -> Problem:
+    T, B, size, H = sizes
+
+    def normal(*shape: int) -> Array:
+        return rng.standard_normal(shape).astype(dtype)
+
+    G, weights, bound = GATES[cell], {}, 1.0 / np.sqrt(H)
+    for layer in range(num_layers):
+        for end in ("", "_reverse")[:directions]:
+            shapes: dict[str, tuple[int, ...]] = {
+                "weight_ih": (G * H, directions * H if layer else size),
+                "weight_hh": (G * H, H),
+            }
+            if bias:
+                shapes |= {"bias_ih": (G * H,), "bias_hh": (G * H,)}
+            if learned:
+                shapes |= {"h0": (H,)} | ({"c0": (H,)} if cell == "lstm" else {})
+            for kind, shape in shapes.items():
+                weights[f"{kind}_l{layer}{end}"] = rng.uniform(-bound, bound, shape).astype(dtype)
+    states = [normal(num_layers * directions, B, H) for _ in range(4)]
+    lengths = rng.integers(0, T + 1, B) if ragged else None
+    if lengths is not None and rng.random() < 0.5:
+        lengths[rng.integers(B)] = T
+    return Problem(
+        cell=cell,
+        num_layers=num_layers,
+        directions=directions,
+        dropout=dropout,
+        seed=int(rng.integers(1 << 63)),
+        x=normal(T, B, size),
+        lengths=lengths,
+        h=states[0] if with_state else None,
+        c=states[1] if with_state and cell == "lstm" else None,
+        weights=weights,
+        grad_y=normal(T, B, directions * H),
+        grad_h=states[2],
+        grad_c=states[3] if cell == "lstm" else None,
+    )
+
+
+def layer_for(problem: Problem, **more: Any) -> Any:
+    layer = make_layer(
+        problem.cell,
+        problem.x.shape[2],
+        problem.grad_h.shape[2],
+        problem.num_layers,
+        bias="bias_ih_l0" in problem.weights,
+        bidirectional=problem.directions == 2,
+        dropout=problem.dropout,
+        learn_initial_state=problem.learned,
+        dtype=problem.x.dtype.name,
+        **more,
+    )
+    load_weights(layer, problem.weights)
+    return layer
+
+
+def run_library(problem: Problem, layer: Any = None) -> Results:
+    layer = layer_for(problem) if layer is None else layer
+    y, state, tape = layer.forward(
+        problem.x, problem.state(), lengths=problem.lengths, seed=problem.seed
+    )
+    grads = layer.backward(tape, problem.grad_y, problem.grad_state())
+    return {
+        "y": y,
+        **named_state("", state),
+        "grad_x": grads.x,
+        **named_state("grad_", grads.state),
+        **{f"grad_{name}": value for name, value in grads.weights.items()},
+    }
+
+
+def run_reference(run: Run, problem: Problem) -> Results:
+    """The same, row by row in float64 from the problem's own (perhaps rounded) numbers."""
+    p = problem.astype("float64")
+    T, B, _ = p.x.shape
+    H, K, D = p.grad_h.shape[2], len(p.suffixes()), p.directions
+    lstm = p.cell == "lstm"
+    results: Results = {
+        "y": np.zeros((T, B, D * H)),
+        "h": np.zeros((K, B, H)),
+        "grad_x": np.zeros_like(p.x),
+        "grad_h": np.zeros((K, B, H)),
+        **{f"grad_{name}": np.zeros_like(value) for name, value in p.weights.items()},
+    }
+    if lstm:
+        results |= {"c": np.zeros((K, B, H)), "grad_c": np.zeros((K, B, H))}
+
+    def start(name: str, given: Array | None, k: int, b: int) -> Array:
+        if given is not None:
+            return given[k, b : b + 1]
+        learned = p.weights.get(f"{name}{p.suffixes()[k]}")
+        return np.zeros((1, H)) if learned is None else learned[None]
+
+    for b in range(B):
+        n = T if p.lengths is None else int(p.lengths[b])
+
+        def run_one(k: int, x: Array, grad_y: Array | None, b: int = b) -> Any:
+            names = (f"{kind}{p.suffixes()[k]}" for kind in ("weight_ih", "weight_hh"))
+            biases = (f"{kind}{p.suffixes()[k]}" for kind in ("bias_ih", "bias_hh"))
+            order = slice(None, None, -1 if k % D else 1)
+            part = run(
+                p.cell,
+                np.ascontiguousarray(x[order]),
+                np.ascontiguousarray(start("h0", p.h, k, b)),
+                np.ascontiguousarray(start("c0", p.c, k, b)) if lstm else None,
+                *(p.weights[name] for name in names),
+                *(p.weights.get(name) for name in biases),
+                None if grad_y is None else np.ascontiguousarray(grad_y[order]),
+                None if grad_y is None else np.ascontiguousarray(p.grad_h[k, b : b + 1]),
+                None
+                if grad_y is None or not lstm
+                else np.ascontiguousarray(p.grad_c[k, b : b + 1]),
+            )
+            return {**part, "y": part["y"][order], "grad_x": part["grad_x"][order]}
+
+        masks = []
+        for layer in range(p.num_layers - 1):
+            kept = keeps(p.seed, DROPOUT, layer, min(p.dropout, 0.9), range(n), [b], D * H)
+            scale = 0.0 if p.dropout == 1.0 else 1.0 / (1.0 - p.dropout)
+            masks.append(kept * scale if p.dropout > 0.0 else np.ones((n, 1, D * H)))
+        inputs = [p.x[:n, b : b + 1]]
+        for layer in range(p.num_layers):
+            ys = [run_one(layer * D + d, inputs[-1], None)["y"] for d in range(D)]
+            y = np.concatenate(ys, -1)
+            inputs.append(y * masks[layer] if layer < p.num_layers - 1 else y)
+        results["y"][:n, b] = inputs[-1][:, 0]
+        grad = p.grad_y[:n, b : b + 1]
+        for layer in reversed(range(p.num_layers)):
+            if layer < p.num_layers - 1:
+                grad = grad * masks[layer]
+            below = 0.0
+            for d in range(D):
+                k = layer * D + d
+                part = run_one(k, inputs[layer], grad[..., d * H : (d + 1) * H])
+                below = below + part["grad_x"]
+                for ours, theirs in (("h", "h"), ("c", "c")) if lstm else (("h", "h"),):
+                    results[ours][k, b] = part[theirs][0]
+                    results[f"grad_{ours}"][k, b] = part[f"grad_{theirs}0"][0]
+                    if p.learned and p.h is None:
+                        results[f"grad_{ours}0{p.suffixes()[k]}"] += part[f"grad_{theirs}0"][0]
+                for name, short in {
+                    "weight_ih": "w_ih",
+                    "weight_hh": "w_hh",
+                    "bias_ih": "b_ih",
+                    "bias_hh": "b_hh",
+                }.items():
+                    if f"{name}{p.suffixes()[k]}" in p.weights:
+                        results[f"grad_{name}{p.suffixes()[k]}"] += part[f"grad_{short}"]
+            grad = below
+        results["grad_x"][:n, b] = grad[:, 0]
+    return results
