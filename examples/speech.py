@@ -91,14 +91,16 @@ def main() -> None:
     means = [np.array([u.mean(0) for u in part]) for part in (known, held_out)]
     linear = LogisticRegression(max_iter=2000).fit((means[0] - scale[0]) / scale[1], speaker)
     of_means = linear.score((means[1] - scale[0]) / scale[1], wanted)
-    print(f"{len(known)} utterances to learn from, {len(held_out)} held out, {SPEAKERS} speakers")
-    print("                                               accuracy")
-    print(f"always the most frequent speaker                  {np.bincount(wanted).max() / 370:.3f}")
-    print(f"logistic regression on the mean over time         {of_means:.3f}")
-    print("Kudo et al. 1999, passing-through regions         0.941")
-    print("Kudo et al. 1999, hidden Markov model             0.962")
     spread = f"median of {seeds} seeds, {min(accuracies):.3f} to {max(accuracies):.3f}"
-    print(f"GRU(12, {HIDDEN})                                      {np.median(accuracies):.3f}  {spread}")
+    print(f"{len(known)} utterances to learn from, {len(held_out)} held out, {SPEAKERS} speakers")
+    for name, accuracy, more in (
+        ("always the most frequent speaker", np.bincount(wanted).max() / len(wanted), ""),
+        ("logistic regression on the mean over time", of_means, ""),
+        ("passing-through regions (Kudo et al. 1999)", 0.941, ""),
+        ("hidden Markov model (Kudo et al. 1999)", 0.962, ""),
+        (f"GRU(12, {HIDDEN})", np.median(accuracies), spread),
+    ):
+        print(f"  {name:44}{accuracy:.3f}  {more}".rstrip())
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The next character of a text, with truncated backpropagation (the text every CPython carries).
 
-    python examples/text.py              # --quick: a seventh of the text, once, seconds
+    python examples/text.py              # --quick: a seventh of the text, seconds
 
 Prints the bits per character of the last tenth of the text, which is held out, beside those of
 tables of the frequencies of one, two and three characters, and then some text that the network
@@ -16,7 +16,7 @@ import numpy as np
 
 import fastbptt as fb
 
-STREAMS, WINDOW, RATE = 32, 64, 0.005
+WINDOW, RATE = 64, 0.005
 
 
 def table(codes: np.ndarray, split: int, V: int, n: int) -> np.ndarray:
@@ -59,7 +59,7 @@ def sample(model: fb.Model, start: np.ndarray, length: int, rng: np.random.Gener
 
 def main() -> None:
     quick = "--quick" in sys.argv[1:]
-    passes, hidden = (1, 96) if quick else (4, 256)
+    passes, hidden, rows = (2, 96, 8) if quick else (4, 256, 32)
     text = "\n\n".join(topics[name] for name in sorted(topics))
     text = text[: len(text) // 7] if quick else text
     characters, codes = np.unique(list(text), return_inverse=True)
@@ -67,7 +67,7 @@ def main() -> None:
     model = fb.Model(
         fb.Embedding(V, 32, seed=1), fb.GRU(32, hidden, seed=2), fb.Linear(hidden, V, seed=3)
     )
-    x, target = streams(codes[:split], STREAMS)
+    x, target = streams(codes[:split], rows)
     optimizer = fb.Adam(model.parameters(), lr=RATE)
     windows, done = passes * -(-len(x) // WINDOW), 0
     for number in range(passes):
@@ -83,11 +83,11 @@ def main() -> None:
     held_out = codes[split - 1 :, None]
     loss, _ = fb.evaluate(model, held_out[:-1], held_out[1:], state=state)
     print(f"{len(codes):,} characters, {V} different, the last {len(codes) - split:,} held out")
-    print("                       bits per character")
-    print(f"uniform                {np.log2(V):.3f}")
+    print("                        bits per character")
+    print(f"uniform                 {np.log2(V):.3f}")
     for n, name in ((1, "one character"), (2, "two characters"), (3, "three characters")):
-        print(f"table, {name:16}{-np.log2(table(codes, split, V, n)).mean():.3f}")
-    print(f"GRU(32, {hidden})".ljust(23) + f"{loss / np.log(2):.3f}")
+        print(f"table, {name:17}{-np.log2(table(codes, split, V, n)).mean():.3f}")
+    print(f"GRU(32, {hidden})".ljust(24) + f"{loss / np.log(2):.3f}")
     written = sample(model, codes[split - 200 : split], 400, np.random.default_rng(0))
     print("\n" + "".join(characters[written]))
 
