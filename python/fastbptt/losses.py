@@ -84,9 +84,17 @@ class Objective(Protocol):
 
 
 def make_objective(
-    loss: Loss, model: Model, target: Any, T: int, B: int, ignore_index: int
+    loss: Loss,
+    model: Model,
+    target: Any,
+    T: int,
+    B: int,
+    ignore_index: int,
+    lengths: Array | None = None,
 ) -> Objective:
     """Return the loss of `T` steps of `B` rows, its target checked as a whole.
+
+    With `lengths` `[B]` the steps behind that of a row do not count.
 
     Raises
     ------
@@ -99,10 +107,10 @@ def make_objective(
         if loss not in ("cross_entropy", "mse"):
             raise ValueError(f"loss: got {loss!r}, wanted 'cross_entropy', 'mse' or a callable")
         if loss == "mse":
-            return _MeanSquare(model, target, T, B)
-        return _CrossEntropy(model, target, T, B, ignore_index)
+            return _MeanSquare(model, target, T, B, lengths)
+        return _CrossEntropy(model, target, T, B, ignore_index, lengths)
     if callable(loss):
-        return _Custom(loss, model, target, T, B)
+        return _Custom(loss, model, target, T, B, lengths)
     raise TypeError(f"loss: got {type(loss).__name__}, wanted 'cross_entropy', 'mse' or a callable")
 
 
@@ -122,16 +130,20 @@ def _no_target(target: str) -> ValueError:
 
 
 class _Fused:
-    """Readout and loss in one pass, by the core; `scale` makes the sum over segments the mean."""
+    """Readout and loss in one pass, by the core; `scale` makes the sum over segments the mean.
+
+    With lengths only the rows that are there are given to it, one behind the other.
+    """
 
     kind: str
     ignore_index = 0
     scale: float
     row_bytes: int
 
-    def __init__(self, model: Model, target: Source) -> None:
+    def __init__(self, model: Model, target: Source, lengths: Array | None) -> None:
         self._weights = {} if model.readout is None else model.readout.weights
         self._target = target
+        self._lengths = lengths
 
     def _cut(self, begin: int, end: int) -> Array:
         return self._target.take(begin, end)
@@ -139,7 +151,18 @@ class _Fused:
     def __call__(
         self, y: Array, begin: int, end: int, grads: dict[str, Array] | None
     ) -> tuple[float, Array | None]:
-        return self._take(y, self._cut(begin, end), grads)
+        target = self._cut(begin, end)
+        if self._lengths is None:
+            return self._take(y, target, grads)
+        there = present(self._lengths, begin, end)
+        if not there.any():
+            return 0.0, None if grads is None else np.zeros_like(y)
+        value, grad = self._take(y[there][:, None], target[there][:, None], grads)
+        if grad is None:
+            return value, None
+        whole = np.zeros_like(y)
+        whole[there] = grad[:, 0]
+        return value, whole
 
     def beside(
         self, y: Array, stretches: Sequence[slice], grads: dict[str, Array]
@@ -166,12 +189,18 @@ class _Fused:
         )
 
 
+def present(lengths: Array, begin: int, end: int) -> Array:
+    """Return which rows are there at the steps `[begin, end)`, `[n, B]`."""
+    there: Array = np.arange(begin, end)[:, None] < lengths
+    return there
+
+
 class _MeanSquare(_Fused):
     """The mean of the squared differences."""
 
     kind = "mse"
 
-    def __init__(self, model: Model, target: Any, T: int, B: int) -> None:
+    def __init__(self, model: Model, target: Any, T: int, B: int, lengths: Array | None) -> None:
         if not is_lazy(target):
             target = as_array("target", target, model.dtype)
         array = Source("target", target, model.batch_first)
@@ -183,13 +212,21 @@ class _MeanSquare(_Fused):
         size = math.prod(array.shape)
         if size == 0:
             raise _no_target(f"shape {array.shape}")
-        super().__init__(model, array)
+        super().__init__(model, array, lengths)
         self.row_bytes = _width(model) * model.dtype.itemsize  # a copy unless it lies in order
-        self.scale = 1.0 / size
-        self._step_size = size // T
+        self._row_size = size // (T * B)
+        self._rows = B
+        if self._count(0, T) == 0:
+            raise _no_target("lengths that are all 0")
+        self.narrow(0, T)
 
     def narrow(self, begin: int, end: int) -> None:
-        self.scale = 1.0 / (self._step_size * (end - begin))
+        self.scale = 1.0 / (self._row_size * max(1, self._count(begin, end)))
+
+    def _count(self, begin: int, end: int) -> int:
+        if self._lengths is None:
+            return self._rows * (end - begin)
+        return int(np.clip(self._lengths - begin, 0, end - begin).sum())
 
 
 class _CrossEntropy(_Fused):
@@ -198,7 +235,9 @@ class _CrossEntropy(_Fused):
     kind = "cross_entropy"
     row_bytes = 16  # as int64, and in order
 
-    def __init__(self, model: Model, target: Any, T: int, B: int, ignore_index: int) -> None:
+    def __init__(
+        self, model: Model, target: Any, T: int, B: int, ignore_index: int, lengths: Array | None
+    ) -> None:
         if isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, np.integer)):
             raise TypeError(f"ignore_index: got {ignore_index!r}, wanted an integer")
         array = Source("target", target, model.batch_first)
@@ -209,13 +248,14 @@ class _CrossEntropy(_Fused):
             raise _no_target(f"shape {array.shape}")
         if np.dtype(array.dtype).kind not in "iu":
             raise TypeError(f"target: got dtype {array.dtype}, wanted class numbers, integers")
-        super().__init__(model, array)
+        super().__init__(model, array, lengths)
         self._batch_first = model.batch_first
         self.ignore_index = int(ignore_index)
         self._classes = _width(model)
         count = self._count(0, T)
         if count == 0:
-            raise _no_target(f"ignore_index = {self.ignore_index} everywhere")
+            where = "everywhere" if lengths is None else "wherever a row is there"
+            raise _no_target(f"ignore_index = {self.ignore_index} {where}")
         self.scale = 1.0 / count
 
     def _cut(self, begin: int, end: int) -> Array:
@@ -231,6 +271,8 @@ class _CrossEntropy(_Fused):
         for begin in range(first, last, steps):
             chunk = self._cut(begin, min(begin + steps, last))
             counts = chunk != self.ignore_index
+            if self._lengths is not None:
+                counts &= present(self._lengths, begin, begin + len(chunk))
             count += int(np.count_nonzero(counts))
             # As unsigned numbers the negative ones are the largest: one comparison sees both ends.
             wrong = counts & (chunk.view(np.uint64) >= classes)
@@ -252,7 +294,16 @@ class _Custom:
     def narrow(self, begin: int, end: int) -> None:
         """Do nothing: what it is divided by is the user's affair."""
 
-    def __init__(self, loss: LossFunction, model: Model, target: Any, T: int, B: int) -> None:
+    def __init__(
+        self,
+        loss: LossFunction,
+        model: Model,
+        target: Any,
+        T: int,
+        B: int,
+        lengths: Array | None,
+    ) -> None:
+        self._lengths = lengths
         self._readout: Linear | None = model.readout
         self._loss = loss
         self._target = target
@@ -275,6 +326,10 @@ class _Custom:
         output = (
             y if self._readout is None else _core.linear(y, *self._readout_weights(), cuts=True)
         )
+        if self._lengths is not None:
+            away = ~present(self._lengths, begin, end)
+            if self._readout is not None:  # else it is zero there already
+                output[away] = 0.0
         if self._batch_first:
             output = output.swapaxes(0, 1)
         target = self._target
@@ -290,6 +345,8 @@ class _Custom:
             raise TypeError(f"grad_output of loss: got dtype {grad.dtype}, wanted {output.dtype}")
         if self._batch_first:
             grad = grad.swapaxes(0, 1)
+        if self._lengths is not None:
+            grad = np.where(away[..., None], np.zeros((), grad.dtype), grad)
         if self._readout is None:
             return value, grad
         weight, _ = self._readout_weights()

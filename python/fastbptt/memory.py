@@ -62,6 +62,7 @@ def needs_of(
     read_bytes: int = 0,
     target_bytes: int = 8,
     logits: bool = False,
+    batch: dict[str, Any] | None = None,
 ) -> Needs:
     """Return what training `model` takes.
 
@@ -76,6 +77,8 @@ def needs_of(
         The same for the target.
     logits : bool
         Whether the outputs of a segment exist as a whole, and their gradient, as for a callable.
+    batch : dict, optional
+        What the core is to know of the batch beside x.
     """
     layer, item = model.recurrent, model.dtype.itemsize
     states = layer.num_layers * layer.output_size * item * (2 if layer.kind == "LSTM" else 1)
@@ -86,6 +89,11 @@ def needs_of(
     out = layer.output_size if model.readout is None else model.readout.out_features
     if logits:
         row += 2 * out * item
+    starts = 0
+    if batch and "lengths" in batch:
+        row += 2 * layer.output_size * item + target_bytes  # the rows that are there, apart
+        # A tape holds the states where the number of rows changes, and where it begins.
+        starts = (len(set(batch["lengths"].tolist())) + 1) * B * states
 
     tape_step = layer._stack.tape_nbytes(1, B)
 
@@ -95,6 +103,7 @@ def needs_of(
         )
         # The present state, dL/dstate and what a call returns of both; the ends of large blocks.
         ends = 3 * _BLOCK_UNIT if longest * tape_step >= _LARGE_BLOCK else 0
-        return layer._stack.session(T, B, longest).nbytes + readout + 4 * B * states + ends
+        session = layer._stack.session(T, B, longest, batch)
+        return session.nbytes + readout + 4 * B * states + starts + ends
 
     return Needs(B * states + _STATE_OVERHEAD, tape_step + B * row, fixed)

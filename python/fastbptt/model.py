@@ -99,8 +99,14 @@ class Model:
         """Whether inputs and outputs have the batch before time."""
         return self.recurrent.batch_first
 
-    def __call__(self, x: ArrayLike, state: ArrayLike | None = None) -> tuple[Array, Any]:
-        """Run through time, keeping nothing for a gradient.
+    def __call__(
+        self,
+        x: ArrayLike,
+        state: ArrayLike | None = None,
+        *,
+        lengths: ArrayLike | None = None,
+    ) -> tuple[Array, Any]:
+        """Run through time, keeping nothing for a gradient. Nothing is dropped.
 
         Parameters
         ----------
@@ -108,13 +114,17 @@ class Model:
             With an embedding class numbers `[T, B]`, else `[T, B, I]`; with `batch_first` B comes
             before T.
         state : array_like, optional
-            The state before the first step, in the form of the recurrent layer; zeros by default.
+            The state before the first step, in the form of the recurrent layer; by default the
+            learned one, or zeros.
+        lengths : array_like of int, optional
+            How many steps each row has, `[B]`, in any order, each from 0 to T; all T by default.
+            Behind them the output is zero, and the state is the one at the length.
 
         Returns
         -------
         output : ndarray
-            Of the readout, `[T, B, N]`, or of the recurrent layer, `[T, B, H]`; with `batch_first`
-            B comes before T.
+            Of the readout, `[T, B, N]`, or of the recurrent layer, `[T, B, D*H]`; with
+            `batch_first` B comes before T.
         state : ndarray or tuple of ndarray
             The state after the last step, to go on from in the next call.
 
@@ -137,8 +147,15 @@ class Model:
         """
         if self.embedding is not None:
             x = self.embedding._rows(self._index(x))
-        y, last = self.recurrent(x, state)
-        return (y if self.readout is None else self.readout(y)), last
+        y, last = self.recurrent(x, state, lengths=lengths)
+        if self.readout is None:
+            return y, last
+        output = self.readout(y)
+        if lengths is not None:
+            T = y.shape[1 if self.batch_first else 0]
+            away = np.asarray(lengths) <= np.arange(T)[:, None]
+            output[away.T if self.batch_first else away] = 0.0
+        return output, last
 
     def _index(self, x: ArrayLike) -> Array:
         """Return class numbers `[T, B]` (or `[B, T]`) as int64, all in range."""

@@ -121,6 +121,7 @@ def run_segmented(
     state: Any,
     schedule: Segmented,
     grad_x: Array | None,
+    batch: dict[str, Any],
 ) -> Sums:
     """Return the loss of a sequence and its gradients; add the one of x to `grad_x`."""
     if state is not None:
@@ -133,7 +134,7 @@ def run_segmented(
         with_state = segment.begin == 0 and state is not None
         return segment.t0 - segment.begin, segment.t1 - segment.t0, with_state
 
-    run = _Run(model, source, objective, grad_x)
+    run = _Run(model, source, objective, grad_x, batch)
     for (_, _, with_state), alike in groupby(schedule.segments(source.T), kind):
         run.do(list(alike), state if with_state else None)
     return run.result()
@@ -146,12 +147,18 @@ class _Run:
     """
 
     def __init__(
-        self, model: Model, source: Input, objective: Objective, grad_x: Array | None
+        self,
+        model: Model,
+        source: Input,
+        objective: Objective,
+        grad_x: Array | None,
+        batch: dict[str, Any],
     ) -> None:
         self._model = model
         self._source = source
         self._objective = objective
         self._grad_x = grad_x
+        self._batch = batch
         self._loss = 0.0
         self._last: Any = None
         self._grads = [
@@ -165,7 +172,10 @@ class _Run:
         own = [slice(segment.t0, segment.t1) for segment in segments]
         steps = (segments[0].t0 - segments[0].begin, segments[0].t1 - segments[0].t0)
         layer = self._model.recurrent
-        session = layer._stack.session(sum(steps), len(segments) * self._source.B, max(steps))
+        B = len(segments) * self._source.B
+        session = layer._stack.session(sum(steps), B, max(steps), self._batch)
+        if "seed" in self._batch:  # batches draw apart from each other
+            self._batch = {"seed": (self._batch["seed"] + 1) % (1 << 64)}
         early: _core.Tape | None = None
         if steps[0]:
             _, state, early = session.record(self._vectors(warm_up), state, 0)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fastbptt import _core
-from fastbptt._arrays import Array, as_array
+from fastbptt._arrays import Array, as_array, as_lengths
 from fastbptt._part import Part
 from fastbptt.checkpointing import Checkpointed
 from fastbptt.losses import Loss, Objective, make_objective
@@ -22,6 +22,9 @@ from fastbptt.source import Source, is_lazy
 
 # Rows of time x batch that run at once where nothing is kept: enough for a call to cost nothing.
 _RUN_AT_ONCE = 4096
+
+# Schedules that do not run all of time at once.
+_CUTTING = (Checkpointed, Truncated, Segmented)
 
 # Whether it was said that a sequence is checkpointed because it does not fit.
 _told: list[bool] = []
@@ -54,6 +57,9 @@ def value_and_grad(
     schedule: Schedule | Segmented | None = None,
     ignore_index: int = -100,
     grad_x: Array | None = None,
+    *,
+    lengths: ArrayLike | None = None,
+    seed: int | None = None,
 ) -> ValueAndGrad:
     """Return the loss of a sequence and its gradient by backpropagation through time.
 
@@ -89,6 +95,13 @@ def value_and_grad(
     grad_x : ndarray, optional
         Of the shape and dtype of x, a memory map if that is large: the gradient with respect to x
         is written there. Not for a model with an embedding. After an error it holds no meaning.
+    lengths : array_like of int, optional
+        How many steps each row has, `[B]`, in any order, each from 0 to T; all T by default. Steps
+        behind them cost nothing and do not count in the loss; for a callable the outputs there are
+        zero, and the gradient that it returns for them is not used.
+    seed : int, optional
+        Of what training draws at random, where the layer does: the same seed draws the same, with
+        every schedule but `Segmented`. By default a new one, which the layer's own seed decides.
 
     Returns
     -------
@@ -98,7 +111,8 @@ def value_and_grad(
     Raises
     ------
     ValueError
-        A shape is wrong, a class is out of range, `loss` is unknown, or no target counts.
+        A shape is wrong, a class is out of range, `loss` is unknown, no target counts, or the
+        schedule cuts time where a layer is bidirectional, or rows that have lengths.
     TypeError
         A dtype is wrong, or something is not what it should be at all.
 
@@ -120,13 +134,18 @@ def value_and_grad(
     if schedule is not None and (isinstance(schedule, type) or not wanted):
         name = schedule.__name__ if isinstance(schedule, type) else type(schedule).__name__
         raise TypeError(f"schedule: got {name}, wanted a schedule such as Full() or Truncated(k1)")
+    _check_cuts(model, schedule, lengths)
     source = _Input(model, x)
-    objective = make_objective(loss, model, target, source.T, source.B, ignore_index)
+    batch = _batch_of(model, source, lengths, seed, training=True)
+    objective = make_objective(
+        loss, model, target, source.T, source.B, ignore_index, batch.get("lengths")
+    )
     if grad_x is not None:
         _check_grad_x(grad_x, source, model)
         grad_x[...] = 0
     if isinstance(schedule, Segmented):
-        return ValueAndGrad(*run_segmented(model, source, objective, state, schedule, grad_x))
+        sums = run_segmented(model, source, objective, state, schedule, grad_x, batch)
+        return ValueAndGrad(*sums)
     needs = needs_of(
         model,
         source.T,
@@ -134,13 +153,14 @@ def value_and_grad(
         read_bytes=source.row_bytes(),
         target_bytes=objective.row_bytes,
         logits=callable(loss),
+        batch=batch,
     )
     if schedule is None:
-        schedule = _fitting(source.T, needs)
+        schedule = Full() if model.recurrent.bidirectional else _fitting(source.T, needs)
     longest = source.T
     if isinstance(schedule, Checkpointed):
         longest = min(longest, schedule.division(source.T, needs)[1])
-    run = _Run(model, source, objective, state, longest, grad_x=grad_x)
+    run = _Run(model, source, objective, state, longest, batch, grad_x=grad_x)
     for action in schedule.plan(source.T, needs):
         run.do(action)
     return run.result(source.T, source.T)
@@ -154,6 +174,9 @@ def each_window(
     state: Any = None,
     schedule: Truncated | None = None,
     ignore_index: int = -100,
+    *,
+    lengths: ArrayLike | None = None,
+    seed: int | None = None,
 ) -> Iterator[ValueAndGrad]:
     """Yield loss and gradient window by window, so that the parameters may change in between.
 
@@ -162,7 +185,7 @@ def each_window(
 
     Parameters
     ----------
-    model, x, target, loss, state, ignore_index
+    model, x, target, loss, state, ignore_index, lengths, seed
         As for `value_and_grad`.
     schedule : Truncated
         Its windows.
@@ -194,13 +217,22 @@ def each_window(
     """
     if not isinstance(schedule, Truncated):
         raise TypeError(f"schedule: got {type(schedule).__name__}, wanted Truncated(k1, k2)")
+    _check_cuts(model, schedule, lengths)
     source = _Input(model, x)
-    objective = make_objective(loss, model, target, source.T, source.B, ignore_index)
-    return _windows(model, source, objective, state, schedule)
+    batch = _batch_of(model, source, lengths, seed, training=True)
+    objective = make_objective(
+        loss, model, target, source.T, source.B, ignore_index, batch.get("lengths")
+    )
+    return _windows(model, source, objective, state, schedule, batch)
 
 
 def _windows(
-    model: Model, source: _Input, objective: Objective, state: Any, schedule: Truncated
+    model: Model,
+    source: _Input,
+    objective: Objective,
+    state: Any,
+    schedule: Truncated,
+    batch: dict[str, Any],
 ) -> Iterator[ValueAndGrad]:
     begin = 0
     for number, actions in enumerate(schedule.windows(source.T)):
@@ -208,7 +240,7 @@ def _windows(
         end = min(new + schedule.k1, source.T)
         objective.narrow(new, end)
         # The parameters may be others now, so their packed form is made anew.
-        run = _Run(model, source, objective, state, end - begin, begin=begin)
+        run = _Run(model, source, objective, state, end - begin, batch, begin=begin)
         for action in actions:
             run.do(action)
         begin, state = run.present
@@ -254,14 +286,17 @@ def evaluate(
     loss: Loss = "cross_entropy",
     state: Any = None,
     ignore_index: int = -100,
+    *,
+    lengths: ArrayLike | None = None,
 ) -> tuple[float, Any]:
-    """Return the loss of a sequence, without its gradient.
+    """Return the loss of a sequence, without its gradient. Nothing is dropped.
 
-    The sequence is run a stretch at a time, so that the memory does not grow with its length.
+    The sequence is run a stretch at a time, so that the memory does not grow with its length; in
+    both directions it is run as a whole.
 
     Parameters
     ----------
-    model, x, target, loss, state, ignore_index
+    model, x, target, loss, state, ignore_index, lengths
         As for `value_and_grad`; of what a callable `loss` returns, only the value is used.
 
     Returns
@@ -291,10 +326,15 @@ def evaluate(
     True
     """
     source = _Input(model, x)
-    objective = make_objective(loss, model, target, source.T, source.B, ignore_index)
+    batch = _batch_of(model, source, lengths)
+    objective = make_objective(
+        loss, model, target, source.T, source.B, ignore_index, batch.get("lengths")
+    )
     value = 0.0
-    steps = min(source.T, max(1, _RUN_AT_ONCE // source.B))
-    session = model.recurrent._stack.session(source.T, source.B, steps)
+    steps = source.T
+    if not model.recurrent.bidirectional:
+        steps = min(steps, max(1, _RUN_AT_ONCE // source.B))
+    session = model.recurrent._stack.session(source.T, source.B, steps, batch)
     if state is not None:
         state = model.recurrent._as_state("state", state)
     for begin in range(0, source.T, steps):
@@ -302,6 +342,34 @@ def evaluate(
         y, state = session.advance(source.vectors(begin, end), state, begin)
         value += objective(y, begin, end, None)[0]
     return value, state
+
+
+def _check_cuts(model: Model, schedule: Any, lengths: Any) -> None:
+    """Refuse a schedule that cuts time where that cannot be."""
+    layer = model.recurrent if isinstance(model, Model) else None
+    if layer is not None and layer.bidirectional and isinstance(schedule, _CUTTING):
+        raise ValueError(
+            f"schedule: got {schedule} for {layer!r}, wanted Full(): the direction that runs "
+            "backward begins at the last step, so time cannot be cut"
+        )
+    if lengths is not None and isinstance(schedule, Segmented):
+        raise ValueError(
+            f"lengths: got an array with {schedule}, wanted None: segments that run beside each "
+            "other are rows of one length"
+        )
+
+
+def _batch_of(
+    model: Model, source: _Input, lengths: Any, seed: Any = None, training: bool = False
+) -> dict[str, Any]:
+    """Return what the core is to know of a batch beside its input."""
+    batch: dict[str, Any] = {}
+    if lengths is not None:
+        batch["lengths"] = as_lengths(lengths, source.T, source.B)
+    drawn = model.recurrent._seed_of(seed) if training else None
+    if drawn is not None:
+        batch["seed"] = drawn
+    return batch
 
 
 class _Input:
@@ -389,6 +457,7 @@ class _Run:
         objective: Objective,
         state: Any,
         longest: int,
+        batch: dict[str, Any],
         *,
         begin: int = 0,
         grad_x: Array | None = None,
@@ -397,7 +466,9 @@ class _Run:
         self._source = source
         self._objective = objective
         T = source.T if begin == 0 else begin + longest
-        self._session = model.recurrent._stack.session(T, source.B, longest, None, begin)
+        if "lengths" in batch:
+            batch = {**batch, "lengths": np.minimum(batch["lengths"], T)}
+        self._session = model.recurrent._stack.session(T, source.B, longest, batch, begin)
         self._advanced_at_once = min(longest, max(1, _RUN_AT_ONCE // source.B))
         self._t = begin  # the present state is that before step _t
         self._state = None if state is None else model.recurrent._as_state("state", state)
