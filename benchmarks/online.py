@@ -231,7 +231,7 @@ def plot(path: Path, results: list[Result]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5, metavar="N")
-    parser.add_argument("--steps", type=int, default=12_000, metavar="T")
+    parser.add_argument("--steps", type=int, default=8_000, metavar="T")
     parser.add_argument("--markdown", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE")
     options = parser.parse_args()

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -456,3 +457,51 @@ def test_docstring_examples(module):
     outcome = doctest.testmod(importlib.import_module(module))
     assert outcome.attempted > 10
     assert outcome.failed == 0
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_strided_and_read_only_input(rule, rng):
+    x, _ = data(rng)
+    target = rng.standard_normal((20, 2, 4)).astype(np.float32)
+    plain, strided = make_stream(rule, loss="mse"), make_stream(rule, loss="mse")
+    expected = plain.push(x, target)
+    wide = np.zeros((20, 4, 6), np.float32)
+    wide[:, ::2, ::2] = x
+    odd = np.asfortranarray(target)
+    odd.flags.writeable = False
+    got = strided.push(wide[:, ::2, ::2], odd)
+    assert got.loss == expected.loss
+    assert_identical(plain.state_dict(), strided.state_dict())
+
+
+def test_sizes_that_no_memory_holds(rng):
+    x, target = data(rng)
+    for rule in (fb.Truncated(1, 10**13), fb.Truncated(1, 10**30)):
+        stream = make_stream(rule)
+        with pytest.raises(MemoryError):
+            stream.push(x[0], target[0])
+        assert stream.batch_size is None
+    for size in (10**15, 10**30):
+        with pytest.raises(MemoryError):
+            make_stream(batch_size=size)
+    with pytest.raises(MemoryError):
+        fb.Stream(fb.Model(fb.LSTM(2000, 2000)), "mse", fb.RTRL(), batch_size=100)
+
+
+def test_calls_of_several_threads_wait_for_each_other(rng):
+    stream, alone = make_stream(fb.SnAp1()), make_stream(fb.SnAp1())
+    x = np.ones((2, 3), np.float32)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: stream.push(x, [1, 2]), range(200)))
+    for _ in range(200):
+        alone.push(x, [1, 2])
+    assert_identical(stream.state_dict(), alone.state_dict())
+
+
+def test_empty_blocks(rng):
+    stream = make_stream(batch_size=2)
+    before = stream.state_dict()
+    pushed = stream.push(np.zeros((0, 2, 3), np.float32), np.zeros((0, 2), np.int64))
+    assert pushed.prediction.shape == (0, 2, 4)
+    assert pushed.loss == 0.0
+    assert_identical(before, stream.state_dict())

@@ -49,6 +49,9 @@ struct Block {
   }
 };
 
+// Products of a readout from which the kernels are worth their preparation.
+constexpr Index large_readout = Index(1) << 15;
+
 class Stream {
  public:
   virtual ~Stream() = default;
@@ -94,6 +97,8 @@ class StreamOf : public Stream {
     } else {
       N_ = H;
     }
+    // In floating point first, where it cannot overflow.
+    if (double(B) * (double(I) + H + N_) > 1e17) throw std::bad_alloc();
     x_ = zeroed(B * I);
     y_ = zeroed(B * H);
     grad_y_ = zeroed(B * H);
@@ -362,6 +367,11 @@ class StreamOf : public Stream {
     if (!with_error) return learner_->keep(nullptr);
     if (!readout_) return learner_->keep(grad_prediction_.data());
     const Index H = stack_.hidden_size;
+    if (B_ * N_ * H >= large_readout) {
+      linear_backward(readout(), grad_prediction_.data(), grad_y_.data(), readout_grad_.data(),
+                      bias_grad_.data());
+      return learner_->keep(grad_y_.data());
+    }
     std::fill_n(grad_y_.data(), B_ * H, S(0));
     for (Index b = 0; b < B_; ++b) {
       const S* const y = y_.data() + b * H;

@@ -19,6 +19,7 @@ from fastbptt.optimizers import Optimizer, clip_grad_norm
 from fastbptt.schedules import Truncated
 
 _INT64 = np.dtype(np.int64)
+_MOST = 1 << 62
 
 
 class Pushed(NamedTuple):
@@ -607,14 +608,16 @@ class Stream:
         model, rule = self.model, self.rule
         layer, readout = model.recurrent, model.readout
         weights = layer.weights
+        # No memory holds so many, and the integers of the core end soon behind.
         k1, k2 = (rule.k1, rule.k2) if isinstance(rule, Truncated) else (1, 1)
+        k1, k2 = min(k1, _MOST), min(k2, _MOST)
         return _core.Stream(
             layer._cell(),
             layer.input_size,
             layer.hidden_size,
             layer.num_layers,
             layer.dtype.name,
-            B,
+            min(B, _MOST),
             type(rule).__name__,
             k1,
             k2,

@@ -13,11 +13,31 @@
 namespace fastbptt {
 namespace FASTBPTT_ISA {
 
+// In packets, as a sum in the order of the values would wait for each addition.
 template <class S>
 double squares(Index n, const S* values) {
+  constexpr Index p = lanes<S>, sets = 4;
+  Packet<S> sums[sets];
+  for (Packet<S>& sum : sums) sum = constant<S>(0);
+  Index i = 0;
+  for (; i + sets * p <= n; i += sets * p) {
+    for (Index s = 0; s < sets; ++s) {
+      const Packet<S> value = load(values + i + s * p);
+      sums[s] = pmadd(value, value, sums[s]);
+    }
+  }
+  alignas(64) S parts[sets * p];
+  for (Index s = 0; s < sets; ++s) store(parts + s * p, sums[s]);
   double sum = 0;
-  for (Index i = 0; i < n; ++i) sum += double(values[i]) * double(values[i]);
+  for (const S part : parts) sum += double(part);
+  for (; i < n; ++i) sum += double(values[i]) * double(values[i]);
   return sum;
+}
+
+// to = scale * to + factor * from
+template <class S>
+void scale_and_add(Index n, S scale, S factor, const S* from, S* to) {
+  for (Index i = 0; i < n; ++i) to[i] = scale * to[i] + factor * from[i];
 }
 
 // s = D s, of h and c. products: G*H and H.
@@ -82,13 +102,14 @@ void move_rank_one(const RankOneJob<S>& job, const OnlineLayer<S>& layer) {
     if (job.c) job.c[j] = S(r0) * job.c[j] + S(r1) * job.signs[H + j];
   }
   const S old = S(1 / r0), fresh = S(1 / r1);
-  for (Index k = 0; k < job.size; ++k) job.parameters[k] *= old;
   for (Index row = 0; row < rows; ++row) {
     const S* const input = input_of(layer, d, row / H);
     S* const to = job.parameters + row * C;
-    add_scaled(layer.x_side, fresh * x_side[row], input, to);
-    add_scaled(C - layer.x_side, fresh * h_side[row], input + layer.x_side, to + layer.x_side);
+    scale_and_add(layer.x_side, old, fresh * x_side[row], input, to);
+    scale_and_add(C - layer.x_side, old, fresh * h_side[row], input + layer.x_side,
+                  to + layer.x_side);
   }
+  for (Index k = rows * C; k < job.size; ++k) job.parameters[k] *= old;
   if (job.row >= 0) add_scaled(I, fresh, embedded, job.parameters + rows * C + job.row * I);
   *job.norm = std::sqrt(squares(job.size, job.parameters));
 }
