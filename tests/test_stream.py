@@ -296,6 +296,16 @@ def test_without_a_first_push(rng):
             ValueError,
             r"rule: EProp\(\) is for an LSTM, got GRU\(3, 4\); wanted an LSTM, or SnAp1\(\)",
         ),
+        (
+            {"model": fb.Model(fb.LSTM(3, 4, bidirectional=True))},
+            ValueError,
+            "model: got LSTM.*, and a stream has no bidirectional; wanted a layer without it",
+        ),
+        (
+            {"model": fb.Model(fb.GRU(3, 4, learn_initial_state=True)), "rule": fb.Truncated(1)},
+            ValueError,
+            "model: got GRU.*, and a stream has no learn_initial_state",
+        ),
         ({"optimizer": fb.SGD({"w": np.zeros(3)})}, ValueError, "optimizer: got one .*'w'"),
     ],
 )
