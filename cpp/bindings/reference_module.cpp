@@ -16,6 +16,7 @@ namespace reference = fastbptt::reference;
 namespace {
 
 using Array = py::array_t<double, py::array::c_style>;
+using Flags = py::array_t<bool, py::array::c_style>;
 using Shape = std::vector<py::ssize_t>;
 
 reference::Cell cell_named(const std::string& name) {
@@ -24,17 +25,22 @@ reference::Cell cell_named(const std::string& name) {
   if (name == "lstm") return reference::Cell::lstm;
   if (name == "gru") return reference::Cell::gru;
   if (name == "gru_reset_before") return reference::Cell::gru_reset_before;
+  if (name == "lstm_coupled") return reference::Cell::lstm_coupled;
   throw py::value_error("cell: no cell is called '" + name + "'");
 }
 
-const double* checked(const char* name, const Array& array, const Shape& shape) {
+template <class T>
+const T* checked(const char* name, const py::array_t<T, py::array::c_style>& array,
+                 const Shape& shape) {
   if (Shape(array.shape(), array.shape() + array.ndim()) != shape) {
     throw py::value_error(std::string(name) + ": the shape does not fit x and h0");
   }
   return array.data();
 }
 
-const double* checked(const char* name, const std::optional<Array>& array, const Shape& shape) {
+template <class T>
+const T* checked(const char* name, const std::optional<py::array_t<T, py::array::c_style>>& array,
+                 const Shape& shape) {
   return array ? checked(name, *array, shape) : nullptr;
 }
 
@@ -48,7 +54,11 @@ py::dict run(const std::string& cell, const Array& x, const Array& h0,
              const std::optional<Array>& c0, const Array& w_ih, const Array& w_hh,
              const std::optional<Array>& b_ih, const std::optional<Array>& b_hh,
              const std::optional<Array>& grad_y, const std::optional<Array>& grad_h,
-             const std::optional<Array>& grad_c) {
+             const std::optional<Array>& grad_c, const std::optional<Flags>& resets,
+             const std::optional<Array>& restart_h, const std::optional<Array>& restart_c,
+             const std::optional<Flags>& mask, const std::optional<Array>& recurrent_mask,
+             const std::optional<Array>& keep_h, const std::optional<Array>& keep_c,
+             const std::optional<Array>& peephole, const std::optional<Array>& grad_cells) {
   if (x.ndim() != 3 || h0.ndim() != 2) {
     throw py::value_error("x wants three axes [T, B, I] and h0 two [B, H]");
   }
@@ -70,9 +80,18 @@ py::dict run(const std::string& cell, const Array& x, const Array& h0,
   p.grad_y = checked("grad_y", grad_y, {T, B, H});
   p.grad_h = checked("grad_h", grad_h, {B, H});
   p.grad_c = checked("grad_c", grad_c, {B, H});
+  p.resets = checked("resets", resets, {T, B});
+  p.restart_h = checked("restart_h", restart_h, {H});
+  p.restart_c = checked("restart_c", restart_c, {H});
+  p.mask = checked("mask", mask, {T, B});
+  p.recurrent_mask = checked("recurrent_mask", recurrent_mask, {B, H});
+  p.keep_h = checked("keep_h", keep_h, {T, B, H});
+  p.keep_c = checked("keep_c", keep_c, {T, B, H});
+  p.peephole = checked("peephole", peephole, {GH - H});
+  p.grad_cells = checked("grad_cells", grad_cells, {T, B, H});
 
   const reference::Result result = reference::run(p);
-  const bool has_c = p.cell == reference::Cell::lstm;
+  const bool has_c = reference::has_cell_state(p.cell);
   py::dict out;
   out["y"] = to_array(result.y, {T, B, H});
   out["h"] = to_array(result.h, {B, H});
@@ -84,6 +103,12 @@ py::dict run(const std::string& cell, const Array& x, const Array& h0,
   out["grad_w_hh"] = to_array(result.grad_w_hh, {GH, H});
   out["grad_b_ih"] = to_array(result.grad_b_ih, {GH});
   out["grad_b_hh"] = to_array(result.grad_b_hh, {GH});
+  out["grad_restart_h"] = to_array(result.grad_restart_h, {H});
+  if (has_c) {
+    out["cells"] = to_array(result.cells, {T, B, H});
+    out["grad_peephole"] = to_array(result.grad_peephole, {GH - H});
+    out["grad_restart_c"] = to_array(result.grad_restart_c, {H});
+  }
   return out;
 }
 
@@ -95,5 +120,12 @@ PYBIND11_MODULE(_reference, m) {
         py::arg("c0").noconvert(), py::arg("w_ih").noconvert(), py::arg("w_hh").noconvert(),
         py::arg("b_ih").noconvert(), py::arg("b_hh").noconvert(), py::arg("grad_y").noconvert(),
         py::arg("grad_h").noconvert(), py::arg("grad_c").noconvert(),
+        py::kw_only(), py::arg("resets").noconvert() = py::none(),
+        py::arg("restart_h").noconvert() = py::none(),
+        py::arg("restart_c").noconvert() = py::none(), py::arg("mask").noconvert() = py::none(),
+        py::arg("recurrent_mask").noconvert() = py::none(),
+        py::arg("keep_h").noconvert() = py::none(), py::arg("keep_c").noconvert() = py::none(),
+        py::arg("peephole").noconvert() = py::none(),
+        py::arg("grad_cells").noconvert() = py::none(),
         "Outputs, last state and all gradients of one layer as a dict; None stands for zeros.");
 }

@@ -126,7 +126,7 @@ struct StateArrays {
   State<const S> const_view() const { return {h.data(), c.data()}; }
 };
 
-// w_ih, w_hh, b_ih and b_hh of every layer; without a bias the last two are null.
+// w_ih, w_hh, b_ih, b_hh and peephole of every layer; those that it has not are null.
 template <class S>
 struct WeightArrays {
   std::vector<Array<S>> arrays;
@@ -137,14 +137,16 @@ struct WeightArrays {
       arrays.emplace_back(GH * s.layer(l).input_size, offset);
       arrays.emplace_back(GH * s.hidden_size, offset);
       for (int i = 0; i < 2; ++i) arrays.push_back(bias ? Array<S>(GH, offset) : Array<S>());
+      const Index peephole = peepholes(s.cell) * s.hidden_size;
+      arrays.push_back(s.options.peephole ? Array<S>(peephole, offset) : Array<S>());
     }
   }
   template <class T = S>
   std::vector<Weights<T>> views() const {
-    std::vector<Weights<T>> all(arrays.size() / 4);
+    std::vector<Weights<T>> all(arrays.size() / 5);
     for (std::size_t l = 0; l < all.size(); ++l) {
-      const Array<S>* a = &arrays[4 * l];
-      all[l] = {a[0].data(), a[1].data(), a[2].data(), a[3].data()};
+      const Array<S>* a = &arrays[5 * l];
+      all[l] = {a[0].data(), a[1].data(), a[2].data(), a[3].data(), nullptr, nullptr, a[4].data()};
     }
     return all;
   }
@@ -162,6 +164,8 @@ inline const char* name_of(Cell cell) {
       return "gru";
     case Cell::gru_reset_before:
       return "gru_reset_before";
+    case Cell::lstm_coupled:
+      return "lstm_coupled";
   }
   return "?";
 }

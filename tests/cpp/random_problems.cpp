@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "drawing.h"
+#include "fastbptt/random.h"
 #include "fastbptt/readout.h"
 #include "reference/reference.h"
 
@@ -30,6 +31,9 @@ struct Options {
   StackShape shape;
   Index T, B;
   bool bias, initial, grad_y, grad_final, grad_x;
+  bool resets, mask, seeded, cells, grad_cells;
+  std::uint64_t seed;
+  Index begin;
   int threads;
   Layout x, y, dy, dx;
   Index offset;
@@ -50,7 +54,7 @@ double flops(const StackShape& s) {
 
 Options draw_options(Random& random) {
   Options o{};
-  o.shape.cell = static_cast<Cell>(random.between(0, 4));
+  o.shape.cell = static_cast<Cell>(random.between(0, 5));
   o.shape.num_layers = random.chance(0.6) ? 1 : random.between(2, 3);
   // So few rows of so wide layers that threads share each step.
   const bool shared_steps = random.chance(0.2);
@@ -67,6 +71,20 @@ Options draw_options(Random& random) {
   o.threads = static_cast<int>(random.between(1, 3));
   o.x = layout(), o.y = layout(), o.dy = layout(), o.dx = layout();
   o.offset = random.between(0, 1);
+  if (random.chance(0.5)) {
+    const auto rate = [&] { return random.chance(0.3) ? random.between(1, 10) * 0.1 : 0.0; };
+    o.resets = random.chance(0.4), o.mask = random.chance(0.4);
+    o.shape.options.recurrent_dropout = rate();
+    o.shape.options.zoneout_h = rate();
+    if (has_cell_state(o.shape.cell)) {
+      o.shape.options.zoneout_c = rate();
+      o.shape.options.peephole = random.chance(0.4);
+      o.cells = random.chance(0.4), o.grad_cells = random.chance(0.4);
+    }
+    o.seeded = random.chance(0.8);
+    o.seed = static_cast<std::uint64_t>(random.between(0, 1000)) << 30;
+    o.begin = random.between(0, 50);
+  }
 
   double most_rows = most_flops / flops(o.shape);
   // Of more sums one or another is always near the kink.
@@ -83,13 +101,17 @@ Options draw_options(Random& random) {
 }
 
 std::string text_of(const Options& o, const char* type) {
-  char text[300];
+  char text[500];
   std::snprintf(text, sizeof text,
                 "%s %s T=%td B=%td I=%td H=%td L=%td bias=%d initial=%d grad_y=%d grad_final=%d "
-                "grad_x=%d threads=%d layouts x=%d y=%d dy=%d dx=%d offset=%td",
+                "grad_x=%d threads=%d layouts x=%d y=%d dy=%d dx=%d offset=%td resets=%d mask=%d "
+                "recurrent_dropout=%g zoneout=%g,%g peephole=%d seeded=%d cells=%d,%d begin=%td",
                 name_of(o.shape.cell), type, o.T, o.B, o.shape.input_size, o.shape.hidden_size,
                 o.shape.num_layers, o.bias, o.initial, o.grad_y, o.grad_final, o.grad_x, o.threads,
-                int(o.x), int(o.y), int(o.dy), int(o.dx), o.offset);
+                int(o.x), int(o.y), int(o.dy), int(o.dx), o.offset, o.resets, o.mask,
+                o.shape.options.recurrent_dropout, o.shape.options.zoneout_h,
+                o.shape.options.zoneout_c, o.shape.options.peephole, o.seeded, o.cells,
+                o.grad_cells, o.begin);
   return text;
 }
 
@@ -154,6 +176,9 @@ class StackProblem {
         dy_(o.dy, o.T, o.B, o.shape.hidden_size, o.offset),
         initial_(o.shape, o.B, o.offset),
         grad_final_(o.shape, o.B, o.offset),
+        grad_cells_(o.dy, o.T, o.B, o.shape.hidden_size, o.offset),
+        resets_(o.resets ? Array<bool>(o.T * o.B, o.offset) : Array<bool>()),
+        mask_(o.mask ? Array<bool>(o.T * o.B, o.offset) : Array<bool>()),
         weights_(o.shape, o.bias, o.offset) {
     do draw(random);
     while (o.shape.cell == Cell::rnn_relu && near_the_kink());
@@ -167,7 +192,18 @@ class StackProblem {
     const SequenceArray<S> y(o_.y, o_.T, o_.B, H, o_.offset);
     const StateArrays<S> final(o_.shape, o_.B, o_.offset);
     Forward<S> run{o_.T, input(), {}, y.view(), final.view()};
-    const auto session = [&] { return Session<S>(o_.shape, weights.data(), {o_.T, o_.B}); };
+    run.begin = o_.begin;
+    const SequenceArray<S> cells(o_.y, o_.T, o_.B, H, o_.offset);
+    if (o_.cells) run.cells = cells.view();
+    const auto session_with = [&](const std::uint64_t* seed) {
+      Batch batch{o_.begin + o_.T, o_.B};
+      batch.seed = seed;
+      batch.begin = o_.begin;
+      batch.resets = resets_.data();
+      batch.mask = mask_.data();
+      return std::make_unique<Session<S>>(o_.shape, weights.data(), batch, o_.T);
+    };
+    const auto session = [&] { return session_with(o_.seeded ? &o_.seed : nullptr); };
     if (o_.initial) run.initial = initial_.const_view();
 
     const auto check_forward = [&](const std::string& verb) {
@@ -175,16 +211,23 @@ class StackProblem {
       verdict.require(y.gaps_untouched(), verb + " y", "written between the rows");
       verdict.close(verb + " h", final.h.doubles(), want.h, allowed);
       if (final.c.data()) verdict.close(verb + " c", final.c.doubles(), want.c, allowed);
+      if (o_.cells) {
+        verdict.close(verb + " cells", cells.doubles(), want.cells, allowed);
+        verdict.require(cells.gaps_untouched(), verb + " cells", "written between the rows");
+      }
     };
-    session().advance(run);
+    session()->advance(run);
     check_forward("advance");
 
     y.array().fill(nan<S>);
     final.h.fill(nan<S>);
+    cells.array().fill(nan<S>);
     if (final.c.data()) final.c.fill(nan<S>);
     const Array<S> tape(tape_size(o_.shape, o_.T, o_.B), o_.offset);
-    session().record(run, tape.data());
+    session()->record(run, tape.data());
     check_forward("record");
+    // The gradient of an expectation is of no use to a training.
+    if (!o_.seeded && o_.shape.options.zoneout_h + o_.shape.options.zoneout_c > 0) return;
 
     const SequenceArray<S> grad_x(o_.dx, o_.T, o_.B, o_.shape.input_size, o_.offset);
     const StateArrays<S> grad_initial(o_.shape, o_.B, o_.offset);
@@ -197,10 +240,11 @@ class StackProblem {
     if (o_.grad_final) grad.grad_final = grad_final_.const_view();
     if (o_.grad_x) grad.grad_x = grad_x.view();
     grad.grad_initial = grad_initial.view();
+    if (o_.grad_cells) grad.grad_cells = grad_cells_.const_view();
     run.final = {};
     auto back = session();
-    back.reverse(run, grad);
-    back.finish(grad_views.data());
+    back->reverse(run, grad);
+    back->finish(grad_views.data());
     if (o_.grad_x) {
       verdict.close("grad_x", grad_x.doubles(), want.grad_x, allowed);
       verdict.require(grad_x.gaps_untouched(), "grad_x", "written between the rows");
@@ -209,12 +253,12 @@ class StackProblem {
     if (grad_initial.c.data()) {
       verdict.close("grad_c", grad_initial.c.doubles(), want.grad_c, allowed);
     }
-    const char* const kinds[] = {"w_ih", "w_hh", "b_ih", "b_hh"};
+    const char* const kinds[] = {"w_ih", "w_hh", "b_ih", "b_hh", "peephole"};
     for (std::size_t i = 0; i < grads.arrays.size(); ++i) {
       if (!grads.arrays[i].data()) continue;
       Vector sum = want.grads[i];
       for (double& value : sum) value += 0.5;
-      verdict.close("grad_" + std::string(kinds[i % 4]) + " of layer " + std::to_string(i / 4),
+      verdict.close("grad_" + std::string(kinds[i % 5]) + " of layer " + std::to_string(i / 5),
                     grads.arrays[i].doubles(), sum, allowed);
     }
 
@@ -229,14 +273,14 @@ class StackProblem {
       }
       verdict.require(thrown == (o_.T > 0), verb, "a poll that says stop was not heeded");
     };
-    stopped("advance", [&] { session().advance(run, {stop_at_once, nullptr}); });
-    stopped("record", [&] { session().record(run, tape.data(), {stop_at_once, nullptr}); });
-    stopped("reverse", [&] { session().reverse(run, grad, {stop_at_once, nullptr}); });
+    stopped("advance", [&] { session()->advance(run, {stop_at_once, nullptr}); });
+    stopped("record", [&] { session()->record(run, tape.data(), {stop_at_once, nullptr}); });
+    stopped("reverse", [&] { session()->reverse(run, grad, {stop_at_once, nullptr}); });
   }
 
  private:
   struct Expected {
-    Vector y, h, c, grad_x, grad_h, grad_c;
+    Vector y, h, c, cells, grad_x, grad_h, grad_c;
     std::vector<Vector> grads;  // in the order of WeightArrays
   };
 
@@ -249,6 +293,15 @@ class StackProblem {
         1.0 / std::sqrt(double(std::max(o_.shape.input_size, o_.shape.hidden_size)));
     x_.for_each([&](S& value) { value = S(normal()); });
     dy_.for_each([&](S& value) { value = S(normal()); });
+    grad_cells_.for_each([&](S& value) { value = S(normal()); });
+    const double often = random.chance(0.5) ? 0.5 : 0.1;
+    resets_.draw([&] { return random.chance(often); });
+    mask_.draw([&] { return !random.chance(often); });
+    // What is missing may hold anything.
+    for (Index row = 0; row < o_.T * o_.B && o_.mask; ++row) {
+      S* const x = x_.view().at(row / o_.B, row % o_.B);
+      if (!mask_[row]) std::fill(x, x + o_.shape.input_size, nan<S>);
+    }
     for (const StateArrays<S>* state : {&initial_, &grad_final_}) {
       state->h.draw(normal);
       state->c.draw(normal);
@@ -276,9 +329,39 @@ class StackProblem {
       p.grad_h = keep(slice(grad_final_.h.doubles(), l, n));
       p.grad_c = keep(slice(grad_final_.c.doubles(), l, n));
     }
-    const Array<S>* w = &weights_.arrays[4 * l];
+    const Array<S>* w = &weights_.arrays[5 * l];
     p.w_ih = keep(w[0].doubles()), p.w_hh = keep(w[1].doubles());
     p.b_ih = keep(w[2].doubles()), p.b_hh = keep(w[3].doubles());
+    p.peephole = keep(w[4].doubles());
+    p.resets = resets_.data();
+    p.mask = mask_.data();
+    if (o_.grad_cells && l == o_.shape.num_layers - 1) p.grad_cells = keep(grad_cells_.doubles());
+    const auto drawn = [&](Draw draw, double kept, S value, Index t, Index b) {
+      Vector row(H);
+      const Index step = draw == Draw::recurrent_dropout ? 0 : o_.begin + t;
+      draw_mask(o_.seed, {draw, l, step, b}, 1 - kept, double(value), H, row.data());
+      return row;
+    };
+    const LayerOptions& options = o_.shape.options;
+    const double drop = options.recurrent_dropout;
+    if (o_.seeded && drop > 0) {
+      Vector mask;
+      for (Index b = 0; b < o_.B; ++b) {
+        append(mask, drawn(Draw::recurrent_dropout, 1 - drop, S(drop < 1 ? 1 / (1 - drop) : 0), 0, b));
+      }
+      p.recurrent_mask = keep(mask);
+    }
+    const auto kept = [&](Draw draw, double rate) -> const double* {
+      if (rate == 0) return nullptr;
+      Vector all;
+      for (Index row = 0; row < o_.T * o_.B; ++row) {
+        append(all, o_.seeded ? drawn(draw, rate, S(1), row / o_.B, row % o_.B)
+                              : Vector(H, double(S(rate))));
+      }
+      return keep(all);
+    };
+    p.keep_h = kept(Draw::zoneout_h, options.zoneout_h);
+    p.keep_c = kept(Draw::zoneout_c, options.zoneout_c);
     return p;
   }
 
@@ -297,13 +380,15 @@ class StackProblem {
     }
     Expected want;
     want.y = results.back().y;
+    want.cells = results.back().cells;
     want.grad_x = grad_y;
     for (const reference::Result& r : results) {
       append(want.h, r.h);
       append(want.c, r.c);
       append(want.grad_h, r.grad_h0);
       append(want.grad_c, r.grad_c0);
-      for (const Vector* grad : {&r.grad_w_ih, &r.grad_w_hh, &r.grad_b_ih, &r.grad_b_hh}) {
+      for (const Vector* grad : {&r.grad_w_ih, &r.grad_w_hh, &r.grad_b_ih, &r.grad_b_hh,
+                                 &r.grad_peephole}) {
         want.grads.push_back(*grad);
       }
     }
@@ -312,28 +397,11 @@ class StackProblem {
 
   // Whether any sum that goes into a relu is too near to zero.
   bool near_the_kink() {
-    const Index H = o_.shape.hidden_size;
     Vector x = x_.doubles();
     for (Index l = 0; l < o_.shape.num_layers; ++l) {
-      const reference::Problem p = layer_problem(l, x);
-      Vector h = p.h0 ? Vector(p.h0, p.h0 + o_.B * H) : Vector(o_.B * H), y;
-      for (Index t = 0; t < o_.T; ++t) {
-        Vector sums(o_.B * H);
-        for (Index b = 0; b < o_.B; ++b) {
-          for (Index j = 0; j < H; ++j) {
-            double& sum = sums[b * H + j];
-            if (p.b_ih) sum += p.b_ih[j] + p.b_hh[j];
-            const Index I = Index(p.I);
-            for (Index i = 0; i < I; ++i) sum += p.w_ih[j * I + i] * x[(t * o_.B + b) * I + i];
-            for (Index i = 0; i < H; ++i) sum += p.w_hh[j * H + i] * h[b * H + i];
-            if (std::abs(sum) < relu_margin) return true;
-          }
-        }
-        for (double& sum : sums) sum = std::max(sum, 0.0);
-        h = sums;
-        append(y, h);
-      }
-      x = y;
+      const reference::Result result = reference::run(layer_problem(l, x));
+      if (result.kink < relu_margin) return true;
+      x = result.y;
     }
     return false;
   }
@@ -343,6 +411,9 @@ class StackProblem {
   SequenceArray<S> dy_;
   StateArrays<S> initial_;
   StateArrays<S> grad_final_;
+  SequenceArray<S> grad_cells_;
+  Array<bool> resets_;
+  Array<bool> mask_;
   WeightArrays<S> weights_;
   std::vector<std::unique_ptr<Vector>> kept_;  // what the reference's problem points at
 };

@@ -17,9 +17,10 @@ struct StackShape {
   Index num_layers;
   Index directions = 1;
   double dropout = 0;  // the part of every layer's output, but the last's, that training drops
+  LayerOptions options{};
   Index layers() const { return num_layers * directions; }
   LayerShape layer(Index k) const {
-    return {cell, k < directions ? input_size : directions * output_size(), hidden_size};
+    return {cell, k < directions ? input_size : directions * output_size(), hidden_size, options};
   }
   Index output_size() const { return hidden_size; }  // of one direction
 };
@@ -43,8 +44,13 @@ struct Interrupted : std::exception {
 //   packed   the sequences have no padding: a step has the rows that are there, in the order of
 //            their lengths, and begins where the one before ends. Only with lengths that never
 //            rise.
-//   seed     of the dropout; null: nothing is dropped.
+//   seed     of what training draws; null: nothing is dropped, and zoneout is its expectation.
 //   begin    the first step of all that the session is for
+//   resets   [T - begin, B], from that step on: whether a row begins anew before the step, with the
+//            learned state or zeros; no gradient goes across. Backward in time the same steps are
+//            kept apart from each other. Null: never.
+//   mask     the same: whether a row has the step; where not, its state is carried over and x is
+//            not looked at. Null: always.
 struct Batch {
   Index T;
   Index B;
@@ -52,6 +58,8 @@ struct Batch {
   bool packed = false;
   const std::uint64_t* seed = nullptr;
   Index begin = 0;
+  const bool* resets = nullptr;
+  const bool* mask = nullptr;
 };
 
 // Elements of the tape of a whole batch: the layers' own tapes, y of all layers but the last, and,
@@ -70,6 +78,7 @@ void copy_tape_step(const StackShape& shape, Index B, const S* step, S* tape, In
 //   y      [n, B, D*H]; must not overlap x
 //   initial, final  [L*D, B, H]; initial.h null: the learned state, or zeros; may not overlap
 //   begin  the step of the sequence that they begin with; with two directions 0, and n is T
+//   cells  [n, B, D*H], every c of the last layer; data null: not wanted
 template <class S>
 struct Forward {
   Index steps;
@@ -78,6 +87,7 @@ struct Forward {
   Sequence<S> y;
   State<S> final;
   Index begin = 0;
+  Sequence<S> cells{};
 };
 
 // The gradient, back through the steps of a Forward, whose x, y and tape are as record left them.
@@ -85,6 +95,7 @@ struct Forward {
 //   grad_final  [L*D, B, H], null: zeros
 //   grad_x      [n, B, I], data null: not computed
 //   grad_initial  [L*D, B, H], written
+//   grad_cells  [n, B, D*H], data null: zeros
 //   frozen  one a layer, whether its weight gradients are left out; null: none are
 template <class S>
 struct Reverse {
@@ -94,6 +105,7 @@ struct Reverse {
   Sequence<S> grad_x;
   State<S> grad_initial;
   const bool* frozen = nullptr;
+  Sequence<const S> grad_cells{};
 };
 
 // The verbs over one sequence, as a whole or cut into parts of at most `longest` steps. What does

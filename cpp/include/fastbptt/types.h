@@ -7,15 +7,16 @@ namespace fastbptt {
 
 using Index = std::ptrdiff_t;
 
-enum class Cell { rnn_tanh, rnn_relu, lstm, gru, gru_reset_before };
+enum class Cell { rnn_tanh, rnn_relu, lstm, gru, gru_reset_before, lstm_coupled };
 
-// Rows of blocks of H in the weights, in PyTorch's order: h; i,f,g,o; r,z,n.
+// Rows of blocks of H in the weights, in PyTorch's order: h; i,f,g,o; r,z,n; f,g,o.
 constexpr Index gates(Cell cell) {
   switch (cell) {
     case Cell::lstm:
       return 4;
     case Cell::gru:
     case Cell::gru_reset_before:
+    case Cell::lstm_coupled:
       return 3;
     default:
       return 1;
@@ -29,6 +30,8 @@ constexpr Index tape_width(Cell cell) {
       return 5;  // i, f, g, o, c
     case Cell::gru:
       return 4;  // r, z, n, u_n
+    case Cell::lstm_coupled:
+      return 4;  // f, g, o, c
     case Cell::gru_reset_before:
       return 3;  // r, z, n
     default:
@@ -36,12 +39,30 @@ constexpr Index tape_width(Cell cell) {
   }
 }
 
-constexpr bool has_cell_state(Cell cell) { return cell == Cell::lstm; }
+constexpr bool has_cell_state(Cell cell) {
+  return cell == Cell::lstm || cell == Cell::lstm_coupled;
+}
+
+// Peepholes that a cell may have: i,f,o; f,o.
+constexpr Index peepholes(Cell cell) {
+  return cell == Cell::lstm ? 3 : cell == Cell::lstm_coupled ? 2 : 0;
+}
+
+// What layers do at each step beside their cell's formula.
+struct LayerOptions {
+  bool peephole = false;         // the gates see c
+  double recurrent_dropout = 0;  // the part of h' that training drops before W_hh
+  double zoneout_h = 0;          // the probability that a unit keeps its h
+  double zoneout_c = 0;          // and its c
+  bool resets = false;           // whether a run may have them
+  bool mask = false;
+};
 
 struct LayerShape {
   Cell cell;
   Index input_size;
   Index hidden_size;
+  LayerOptions options{};
   // Values of h, and of y, a step and row.
   constexpr Index output_size() const { return hidden_size; }
 };
@@ -67,7 +88,8 @@ struct State {
 };
 
 // Of one layer in one direction, in PyTorch's layout: w_ih [G*H, I], w_hh [G*H, H], biases [G*H] or
-// null, and the learned initial state h0, c0 [H] or null.
+// null, the learned initial state h0, c0 [H] or null, and the peepholes [P*H] or null, those of i,
+// f, o or, with coupled gates, f, o.
 template <class S>
 struct Weights {
   S* w_ih = nullptr;
@@ -76,14 +98,15 @@ struct Weights {
   S* b_hh = nullptr;
   S* h0 = nullptr;
   S* c0 = nullptr;
+  S* peephole = nullptr;
 };
 
 // The same as a list, for those who treat them all alike.
-constexpr int weights_a_layer = 6;
+constexpr int weights_a_layer = 7;
 template <class S>
-constexpr S* Weights<S>::* weight_member[weights_a_layer] = {&Weights<S>::w_ih, &Weights<S>::w_hh,
-                                                             &Weights<S>::b_ih, &Weights<S>::b_hh,
-                                                             &Weights<S>::h0,   &Weights<S>::c0};
+constexpr S* Weights<S>::* weight_member[weights_a_layer] = {
+    &Weights<S>::w_ih, &Weights<S>::w_hh, &Weights<S>::b_ih,    &Weights<S>::b_hh,
+    &Weights<S>::h0,   &Weights<S>::c0,   &Weights<S>::peephole};
 
 // Of one in that list; columns 0: a vector.
 struct WeightShape {
@@ -101,6 +124,8 @@ constexpr WeightShape weight_shape(const LayerShape& s, int which) {
       return {s.output_size(), 0};
     case 5:
       return {s.hidden_size, 0};
+    case 6:
+      return {peepholes(s.cell) * s.hidden_size, 0};
     default:
       return {rows, 0};
   }

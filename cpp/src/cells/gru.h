@@ -16,6 +16,7 @@ struct GruCell {
   static constexpr bool wide = false;
   static constexpr bool two_phases = false;
   static constexpr bool carries_h = true;
+  static constexpr bool has_c = false;
   static constexpr int packets = 4;
   static constexpr int x_first = 0, x_count = 3, h_first = 1, h_count = 3;
   static constexpr int gate[] = {2, 0, 1, 2};
@@ -56,6 +57,7 @@ struct GruResetBeforeCell {
   static constexpr bool wide = false;
   static constexpr bool two_phases = true;
   static constexpr bool carries_h = true;
+  static constexpr bool has_c = false;
   static constexpr int packets = 3;
   static constexpr int x_first = 0, x_count = 3, h_first = 1, h_count = 2;
   static constexpr int gate[] = {2, 0, 1};

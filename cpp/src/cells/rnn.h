@@ -15,6 +15,7 @@ struct RnnCell {
   static constexpr bool wide = true;
   static constexpr bool two_phases = false;
   static constexpr bool carries_h = false;
+  static constexpr bool has_c = false;
   static constexpr int packets = 4;
   static constexpr int x_first = 0, x_count = 4, h_first = 0, h_count = 4;
   static constexpr int gate[] = {0, 0, 0, 0};

@@ -5,6 +5,14 @@
 namespace fastbptt {
 namespace FASTBPTT_ISA {
 
+// The peepholes of these units, one run of n a gate, `row` apart; data null: there are none.
+template <class S>
+struct Peephole {
+  S* data = nullptr;
+  Index row = 0;
+  FASTBPTT_INLINE S* at(Index gate) const { return data + gate * row; }
+};
+
 // n valid lanes; every pointer is to n values, a tape to several runs of n one after another.
 template <class S>
 struct ForwardUnit {
@@ -13,6 +21,7 @@ struct ForwardUnit {
   S* h;               // written
   S* c;               // c' in, c out; LSTM only
   S* tape;            // null: keep nothing
+  Peephole<const S> peephole;
 };
 
 template <class S>
@@ -22,9 +31,12 @@ struct ReverseUnit {
   const S* c_before;
   const S* h;
   const S* tape;
+  const S* c;  // the c that went through tanh; LSTM only
   S* carry_h;  // out: dL/dh' apart from what comes through W_hh
   S* carry_c;  // dL/dc in, dL/dc' out
   S* grads;    // out: dL/d(sums), whole packets in panel order; lanes beyond n zero
+  Peephole<const S> peephole;
+  Peephole<S> grad_peephole;  // added to; data null: not wanted
 };
 
 template <class S>

@@ -23,6 +23,37 @@ struct Team {
   __attribute__((always_inline)) Index end(Index n) const { return n * (rank + 1) / size; }
 };
 
+// Zoneout's draws of a run of steps of one layer.
+struct Zoneout {
+  double h = 0;  // the probability that a unit keeps its h
+  double c = 0;
+  const std::uint64_t* seed = nullptr;  // null: the expectation
+  Index layer = 0;
+  Index step = 0;  // of the whole sequence, of the run's step 0, and from one of its steps to the next
+  Index step_by = 1;
+  const Index* rows = nullptr;  // of the batch as the caller ordered it, of each of the run's
+};
+
+// What a layer does in a run of steps beside its cell's own formula. What is null it does not do.
+template <class S>
+struct StepOptions {
+  // [steps, batch]: whether the state before the step is that of `restart` instead.
+  Sequence<const bool> resets;
+  State<const S> restart;  // [H], null: zeros
+  State<S> grad_restart;   // [H], added to; null: not wanted
+  // [steps, batch]: whether there is a step; else the state is carried over.
+  Sequence<const bool> mask;
+  const S* recurrent_mask = nullptr;  // [batch, H]: what h' is multiplied by before W_hh
+  Zoneout zoneout;
+  Sequence<S> c;             // [steps, batch, H]: every c, written by forward
+  Sequence<const S> grad_c;  // the same: its gradient
+
+  bool any() const {
+    return resets.data || mask.data || recurrent_mask || zoneout.h > 0 || zoneout.c > 0 || c.data ||
+           grad_c.data;
+  }
+};
+
 // A run of consecutive steps of one layer for some rows of the batch.
 template <class S>
 struct ForwardJob {
@@ -37,6 +68,7 @@ struct ForwardJob {
   Weights<const S> weights;
   Team team;
   S* scratch;  // forward_scratch elements
+  StepOptions<S> options{};
 };
 
 template <class S>
@@ -53,9 +85,11 @@ struct ReverseJob {
   Sequence<S> grad_x;        // data null: not asked for
   State<S> grad_state;       // [batch, H], in: after the last step, out: before the first
   const S* packed;           // by reverse_pack
+  const S* peephole;         // [P, H], null: none
   Team team;
   S* scratch;           // reverse_scratch elements, begun
   bool weights = true;  // whether the weight gradients are wanted
+  StepOptions<S> options{};
 };
 
 // Sizes are in elements; memory belongs to the caller and is aligned to 64 bytes. Packed weights

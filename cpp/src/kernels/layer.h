@@ -16,6 +16,8 @@ auto with_cell(Cell cell, F&& body) {
       return body(RnnCell<S, true>{});
     case Cell::lstm:
       return body(LstmCell<S>{});
+    case Cell::lstm_coupled:
+      return body(LstmCoupledCell<S>{});
     case Cell::gru:
       return body(GruCell<S>{});
     case Cell::gru_reset_before:

@@ -2,10 +2,11 @@
 // tape in one pass, tile by tile of rows, so that the sums of the gates never leave the first
 // cache.
 #pragma once
-#include "cells/unit.h"
+#include "cells/optioned.h"
 #include "kernels/direct_product.h"
 #include "kernels/micro_kernel.h"
 #include "kernels/panels.h"
+#include "kernels/step_options.h"
 
 namespace fastbptt {
 namespace FASTBPTT_ISA {
@@ -23,7 +24,7 @@ class ForwardLayer {
     const Index ahead = panels.count() * steps * (batch < few_rows ? batch : few_rows) * width;
     const Index phases =
         Cell::two_phases ? batch * (2 * panels.blocks() * p + Cell::tape * s.hidden_size) : 0;
-    return ahead + team * batch * width + phases;
+    return ahead + team * batch * width + phases + StepView<S>::scratch(s, batch);
   }
 
   static void run(const ForwardJob<S>& job) { ForwardLayer(job).run(); }
@@ -33,12 +34,15 @@ class ForwardLayer {
       : job_(job),
         panels_(job.shape),
         ahead_(job.packed && x_goes_ahead(job.batch)),
-        before_(job.scratch),
-        shared_sums_(before_ + (ahead_ ? panels_.count() * job.steps * job.batch * width : 0)),
+        sums_of_x_(job.scratch),
+        shared_sums_(sums_of_x_ + (ahead_ ? panels_.count() * job.steps * job.batch * width : 0)),
         sums_(shared_sums_ + job.team.rank * job.batch * width),
         candidates_(shared_sums_ + job.team.size * job.batch * width),
-        resets_(candidates_ + job.batch * panels_.blocks() * p),
-        kept_(resets_ + job.batch * panels_.blocks() * p) {}
+        resets_(candidates_ + (Cell::two_phases ? job.batch * panels_.blocks() * p : 0)),
+        kept_(resets_ + (Cell::two_phases ? job.batch * panels_.blocks() * p : 0)),
+        optioned_(job.options.any() || job.weights.peephole),
+        view_(job.options, job.batch, panels_.H, job.team,
+              kept_ + (Cell::two_phases ? job.batch * Cell::tape * panels_.H : 0)) {}
 
   static constexpr Index few_rows = tile_rows(Cell::h_count);
   // With so few rows that each panel serves a single tile, the input product runs ahead over all
@@ -52,6 +56,12 @@ class ForwardLayer {
     for (Index t = 0; t < job_.steps; ++t) {
       h_ = t == 0 ? Sequence<const S>{job_.state.h, 0, panels_.H}
                   : Sequence<const S>{job_.y.at(t - 1), 0, job_.y.row};
+      before_ = h_;
+      if (optioned_) {
+        view_.begin_forward(t, h_, job_.state.c);
+        before_ = view_.before();
+        h_ = view_.seen();
+      }
       for (Index j = begin; j < end; ++j) {
         if (job_.packed) {
           step_panel(t, j);
@@ -74,7 +84,7 @@ class ForwardLayer {
   }
 
   S* ahead(Index j, Index row) const {
-    return before_ + (j * job_.steps * job_.batch + row) * width;
+    return sums_of_x_ + (j * job_.steps * job_.batch + row) * width;
   }
 
   // Rows of sums start from the bias.
@@ -166,18 +176,20 @@ class ForwardLayer {
     const Index n = panels_.units(first);
     ForwardUnit<S> u{};
     u.n = n;
-    u.h_before = h_.at(0, b) + first;
+    u.h_before = before_.at(0, b) + first;
     u.h = job_.y.at(t, b) + first;
     if (job_.state.c) u.c = job_.state.c + b * panels_.H + first;
     if (job_.tape.data)
       u.tape = job_.tape.at(t, b) + first * Cell::tape;
     else if (Cell::two_phases)
       u.tape = kept_ + (b * panels_.H + first) * Cell::tape;
+    if (job_.weights.peephole) u.peephole = {job_.weights.peephole + first, panels_.H};
     return u;
   }
 
   // The cell, from the sums of one row.
   FASTBPTT_INLINE void finish(Index t, Index j, Index b, const S* sums) const {
+    if (optioned_) return finish_optioned(t, j, b, sums);
     if constexpr (Cell::wide) {
       for (Index q = 0; q < panels_.packets(j); ++q) {
         Cell::forward(sums + q * p, unit(t, b, panels_.unit(j, q)));
@@ -187,6 +199,22 @@ class ForwardLayer {
       Cell::forward_gates(sums, unit(t, b, j * p), candidates_ + at, resets_ + at);
     } else {
       Cell::forward(sums, unit(t, b, j * p));
+    }
+  }
+
+  __attribute__((noinline)) void finish_optioned(Index t, Index j, Index b, const S* sums) const {
+    using Optioned = OptionedCell<S, Cell>;
+    if constexpr (Cell::wide) {
+      for (Index q = 0; q < panels_.packets(j); ++q) {
+        const Index first = panels_.unit(j, q);
+        Optioned::forward(sums + q * p, unit(t, b, first), view_.unit(t, b, first));
+      }
+    } else if constexpr (Cell::two_phases) {
+      const Index at = (b * panels_.blocks() + j) * p;
+      Optioned::forward_gates(sums, unit(t, b, j * p), candidates_ + at, resets_ + at,
+                              view_.unit(t, b, j * p));
+    } else {
+      Optioned::forward(sums, unit(t, b, j * p), view_.unit(t, b, j * p));
     }
   }
 
@@ -211,7 +239,13 @@ class ForwardLayer {
         for (Index q = 0; q < Q; ++q) {
           S* const sum = sums + r * row_size + q * p;
           if (!job_.packed) add_candidate_directly(4 * j + q, resets_ + (row + r) * row_size, sum);
-          Cell::forward_candidate(sum, unit(t, row + r, (4 * j + q) * p));
+          const Index first = (4 * j + q) * p;
+          if (optioned_) {
+            OptionedCell<S, Cell>::forward_candidate(sum, unit(t, row + r, first),
+                                                     view_.unit(t, row + r, first));
+          } else {
+            Cell::forward_candidate(sum, unit(t, row + r, first));
+          }
         }
       }
     });
@@ -225,13 +259,16 @@ class ForwardLayer {
   const ForwardJob<S>& job_;
   const Panels<S, Cell> panels_;
   const bool ahead_;
-  S* const before_;  // sums of the input product [panels][steps * B][width], if it goes ahead
+  S* const sums_of_x_;  // sums of the input product [panels][steps * B][width], if it goes ahead
   S* const shared_sums_;
   S* const sums_;        // [B][width], of this thread's panel in work
   S* const candidates_;  // two phases: [B][H], whole packets
   S* const resets_;      // two phases: r h' [B][H], whole packets
   S* const kept_;        // two phases without a tape: [B][tape * H]
-  Sequence<const S> h_;  // h' of the step in work
+  const bool optioned_;
+  StepView<S> view_;
+  Sequence<const S> h_;       // h' of the step in work, as the products see it
+  Sequence<const S> before_;  // and as the cell does
 };
 
 }  // namespace FASTBPTT_ISA

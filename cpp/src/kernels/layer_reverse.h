@@ -7,7 +7,6 @@
 // Sums over time go from the last step to the first and are carried on in memory from run to run,
 // so that where time is cut does not change the bits.
 #pragma once
-#include "cells/unit.h"
 #include "kernels/layer_forward.h"
 #include "kernels/micro_kernel.h"
 #include "kernels/panels.h"
@@ -39,12 +38,18 @@ class ReverseLayer {
   static Index scratch(const LayerShape& s, Index steps, Index batch, int team) {
     const Panels<S, Cell> panels(s);
     const Index rows = steps * batch;
-    return panels.size() + s.hidden_size + panels.count() * rows * width + team * rows * 4 * p +
-           (Cell::two_phases ? rows * s.hidden_size : 0);
+    const bool seen = s.options.resets || s.options.recurrent_dropout > 0;
+    return kept(s) + panels.count() * rows * width + team * rows * 4 * p +
+           (Cell::two_phases ? rows * s.hidden_size : 0) + (seen ? rows * s.hidden_size : 0) +
+           (s.options.mask ? rows * s.input_size : 0) + StepView<S>::scratch(s, batch);
   }
-  // The weight gradients, and the zeros behind them.
+  // The weight gradients and those of the peepholes, with the zeros between them.
+  static Index kept(const LayerShape& s) {
+    return Panels<S, Cell>(s).size() +
+           (1 + (s.options.peephole ? peepholes(s.cell) : 0)) * s.hidden_size;
+  }
   static void begin(const LayerShape& s, S* scratch) {
-    const Index n = Panels<S, Cell>(s).size() + s.hidden_size;
+    const Index n = kept(s);
     for (Index i = 0; i < n; ++i) scratch[i] = S(0);
   }
   static void run(const ReverseJob<S>& job) { ReverseLayer(job).run(); }
@@ -67,6 +72,9 @@ class ReverseLayer {
         panels.unpack_add(panels.candidate_of(scratch, j), s.hidden_size, j, candidate, grad.w_hh);
       }
     }
+    const S* const peephole = scratch + panels.size() + s.hidden_size;
+    const Index n = grad.peephole ? peepholes(s.cell) * s.hidden_size : 0;
+    for (Index i = 0; i < n; ++i) grad.peephole[i] += peephole[i];
   }
 
  private:
@@ -75,10 +83,21 @@ class ReverseLayer {
         panels_(job.shape),
         rows_(job.steps * job.batch),
         zeros_(job.scratch + panels_.size()),
-        grads_(job.scratch + panels_.size() + panels_.H),
+        grads_(job.scratch + kept(job.shape)),
         resets_(grads_ + panels_.count() * rows_ * width),
-        sums_(resets_ + (Cell::two_phases ? rows_ * panels_.H : 0) +
-              job.team.rank * rows_ * 4 * p) {}
+        shared_sums_(resets_ + (Cell::two_phases ? rows_ * panels_.H : 0)),
+        sums_(shared_sums_ + job.team.rank * rows_ * 4 * p),
+        optioned_(job.options.any() || job.peephole),
+        carries_h_(Cell::carries_h || optioned_),
+        view_(job.options, job.batch, panels_.H, job.team,
+              shared_sums_ + job.team.size * rows_ * 4 * p),
+        options_(job.options),
+        seen_(shared_sums_ + job.team.size * rows_ * 4 * p +
+              StepView<S>::scratch(job.shape, job.batch)),
+        inputs_(seen_ + (sees_other_states() ? rows_ * panels_.H : 0)) {}
+
+  // Whether what W_hh is multiplied by is not always y of the step before.
+  bool sees_other_states() const { return options_.resets.data || options_.recurrent_mask; }
 
   static Index candidate_offset(const Panels<S, Cell>& panels) {
     return panels.reverse_size(panels.H, h_range<Cell>);
@@ -91,6 +110,7 @@ class ReverseLayer {
   void run() {
     const Team& team = job_.team;
     for (Index t = job_.steps - 1; t >= 0; --t) {
+      if (optioned_) view_.begin_reverse(t);
       step(t);
       team.wait();
       if constexpr (Cell::two_phases) {
@@ -99,6 +119,7 @@ class ReverseLayer {
       }
     }
     finish_state();
+    if (optioned_ && job_.weights) prepare_weight_gradients();
     const Index n = job_.weights ? panels_.count() : 0;
     for (Index j = team.begin(n); j < team.end(n); ++j) weight_gradients(j);
     if (job_.grad_x.data) input_gradient();
@@ -159,22 +180,36 @@ class ReverseLayer {
     const bool initial = t == 0 && job_.first;
     ReverseUnit<S> u{};
     u.n = panels_.units(first);
-    const S* const h0 = job_.initial.h ? job_.initial.h + b * H : zeros_;
-    u.h_before = initial ? h0 + first : job_.y.at(t - 1, b) + first;
+    u.h_before = h_before(t, b) + first;
     u.h = job_.y.at(t, b) + first;
     u.carry_h = job_.grad_state.h + b * H + first;
     u.grads = grads(Cell::wide ? block / 4 : block, t * job_.batch + b) +
               (Cell::wide ? block % 4 * p : 0);
     if constexpr (Cell::tape > 0) u.tape = job_.tape.at(t, b) + first * Cell::tape;
-    if (job_.grad_state.c) {
+    if constexpr (Cell::has_c) {
+      const Index c = first * Cell::tape + (Cell::tape - 1) * u.n;
+      u.c = job_.tape.at(t, b) + c;
       u.carry_c = job_.grad_state.c + b * H + first;
-      if (!initial) {
-        u.c_before = job_.tape.at(t - 1, b) + first * Cell::tape + (Cell::tape - 1) * u.n;
+      if (optioned_ && view_.resets(t, b)) {
+        u.c_before = (options_.restart.c ? options_.restart.c : zeros_) + first;
+      } else if (!initial) {
+        u.c_before = job_.tape.at(t - 1, b) + c;
       } else {
         u.c_before = (job_.initial.c ? job_.initial.c + b * H : zeros_) + first;
       }
+      if (job_.peephole) {
+        u.peephole = {job_.peephole + first, H};
+        if (job_.weights) u.grad_peephole = {job_.scratch + panels_.size() + H + first, H};
+      }
     }
     return u;
+  }
+
+  // h' as the cell took it.
+  const S* h_before(Index t, Index b) const {
+    if (optioned_ && view_.resets(t, b)) return options_.restart.h ? options_.restart.h : zeros_;
+    if (t > 0 || !job_.first) return job_.y.at(t - 1, b);
+    return job_.initial.h ? job_.initial.h + b * panels_.H : zeros_;
   }
 
   // What comes back past the weights, or zero.
@@ -193,11 +228,15 @@ class ReverseLayer {
         [&](S* sums, Index R, Index b, Index Q, Index panel) {
           for (Index r = 0; r < R; ++r) {
             start_h(sums + r * 4 * p, Q, panel,
-                    last || Cell::carries_h ? job_.grad_state.h + (b + r) * H : nullptr);
+                    last || starts_with_carry() ? job_.grad_state.h + (b + r) * H : nullptr);
           }
         },
-        [&](const S* sums, Index R, Index b, Index Q, Index panel) {
+        [&](S* sums, Index R, Index b, Index Q, Index panel) {
           for (Index r = 0; r < R; ++r) {
+            if (optioned_) {
+              step_optioned(t, b + r, Q, panel, sums + r * 4 * p);
+              continue;
+            }
             const S* const grad_y = job_.grad_y.data ? job_.grad_y.at(t, b + r) : nullptr;
             for (Index q = 0; q < Q; ++q) {
               const ReverseUnit<S> u = unit(t, b + r, panel * 4 + q);
@@ -215,6 +254,58 @@ class ReverseLayer {
         });
   }
 
+  // The same with options. What comes back to a row has not gone through the options of the step
+  // behind it yet, but for the last step, where finish_state did that.
+  __attribute__((noinline)) void step_optioned(Index t, Index b, Index Q, Index panel,
+                                               S* sums) const {
+    using Optioned = OptionedCell<S, Cell>;
+    if (t < job_.steps - 1) came_back(t + 1, b, Q, panel, sums);
+    const S* const grad_y = job_.grad_y.data ? job_.grad_y.at(t, b) : nullptr;
+    for (Index q = 0; q < Q; ++q) {
+      const ReverseUnit<S> u = unit(t, b, panel * 4 + q);
+      const Index first = (panel * 4 + q) * p;
+      Packet<S> grad_h = load(sums + q * p);
+      if (grad_y) grad_h = padd(grad_h, load(grad_y + first, u.n));
+      if constexpr (Cell::two_phases) {
+        Optioned::backward_candidate(grad_h, u, resets_ + (t * job_.batch + b) * panels_.H + first,
+                                     view_.unit(t, b, first));
+      } else {
+        Optioned::backward(grad_h, u, view_.unit(t, b, first));
+      }
+      if constexpr (Cell::has_c) {
+        if (view_.resets(t, b)) {
+          restart_gradient(options_.grad_restart.c, first, load(u.carry_c, u.n), u.n);
+          store(u.carry_c, constant<S>(0), u.n);
+        }
+      }
+    }
+  }
+
+  // dL/dh before step t of row b: the sums, as the product of its gate gradients left them, become
+  // what reaches the step before.
+  void came_back(Index t, Index b, Index Q, Index panel, S* sums) const {
+    const S* const carry = job_.grad_state.h + b * panels_.H;
+    for (Index q = 0; q < Q; ++q) {
+      const Index first = (panel * 4 + q) * p, n = panels_.units(first);
+      Packet<S> sum = load(sums + q * p);
+      if (options_.recurrent_mask) {
+        const S* const mask = options_.recurrent_mask + b * panels_.H;
+        sum = pmadd(load(mask + first, n), sum, load(carry + first, n));
+      }
+      if (view_.resets(t, b)) {
+        restart_gradient(options_.grad_restart.h, first, sum, n);
+        sum = constant<S>(0);
+      }
+      store(sums + q * p, sum);
+    }
+  }
+  // With recurrent dropout the product comes first, as the carry is not multiplied.
+  bool starts_with_carry() const { return carries_h_ && !options_.recurrent_mask; }
+
+  static void restart_gradient(S* to, Index first, const Packet<S>& grad, Index n) {
+    if (to) store(to + first, padd(load(to + first, n), grad), n);
+  }
+
   static void start_zero(S* sums, Index R) {
     for (Index i = 0; i < R * 4; ++i) store(sums + i * p, constant<S>(0));
   }
@@ -225,8 +316,16 @@ class ReverseLayer {
         panels_.H, [](S* sums, Index R, Index, Index, Index) { start_zero(sums, R); },
         [&](const S* sums, Index R, Index b, Index Q, Index panel) {
           for (Index r = 0; r < R; ++r)
-            for (Index q = 0; q < Q; ++q)
-              Cell::backward_gates(load(sums + (r * 4 + q) * p), unit(t, b + r, panel * 4 + q));
+            for (Index q = 0; q < Q; ++q) {
+              const Packet<S> grad = load(sums + (r * 4 + q) * p);
+              const ReverseUnit<S> u = unit(t, b + r, panel * 4 + q);
+              if (optioned_) {
+                const Index first = (panel * 4 + q) * p;
+                OptionedCell<S, Cell>::backward_gates(grad, u, view_.unit(t, b + r, first));
+              } else {
+                Cell::backward_gates(grad, u);
+              }
+            }
         });
   }
 
@@ -238,11 +337,12 @@ class ReverseLayer {
         [&](S* sums, Index R, Index b, Index Q, Index panel) {
           for (Index r = 0; r < R; ++r) {
             start_h(sums + r * 4 * p, Q, panel,
-                    Cell::carries_h ? job_.grad_state.h + (b + r) * H : nullptr);
+                    starts_with_carry() ? job_.grad_state.h + (b + r) * H : nullptr);
           }
         },
-        [&](const S* sums, Index R, Index b, Index Q, Index panel) {
+        [&](S* sums, Index R, Index b, Index Q, Index panel) {
           for (Index r = 0; r < R; ++r) {
+            if (optioned_) came_back(0, b + r, Q, panel, sums + r * 4 * p);
             write_row(sums + r * 4 * p, Q, panel, H, job_.grad_state.h + (b + r) * H);
           }
         });
@@ -267,6 +367,22 @@ class ReverseLayer {
     }
   }
 
+  // What the weights were multiplied by, where that is not what x and y hold.
+  __attribute__((noinline)) void prepare_weight_gradients() {
+    const Team& team = job_.team;
+    for (Index row = team.begin(rows_); row < team.end(rows_); ++row) {
+      const Index t = row / job_.batch, b = row % job_.batch;
+      if (sees_other_states()) view_.see(b, h_before(t, b), seen_ + row * panels_.H);
+      // A step that is missing may hold anything, and zero times that is not always zero.
+      if (!options_.mask.data) continue;
+      const S* const x = job_.x.at(t, b);
+      for (Index i = 0; i < panels_.I; ++i) {
+        inputs_[row * panels_.I + i] = view_.missing(t, b) ? S(0) : x[i];
+      }
+    }
+    team.wait();
+  }
+
   void weight_gradients(Index j) {
     const Index B = job_.batch, I = panels_.I, H = panels_.H;
     // Few enough steps at a time that their gate gradients stay in L1 for all columns.
@@ -275,13 +391,18 @@ class ReverseLayer {
     for (Index end = job_.steps; end > 0; end -= most) {
       const Index begin = end > most ? end - most : 0;
       bias_gradient(j, begin * B, end * B);
-      outer(x_range<Cell>, j, job_.x, begin, end, 0, I, panels_.x(job_.scratch, j));
+      const Sequence<const S> x = options_.mask.data ? Sequence<const S>{inputs_, B * I, I} : job_.x;
+      outer(x_range<Cell>, j, x, begin, end, 0, I, panels_.x(job_.scratch, j));
       // Step t meets y of the step before; the first of all meets the initial state.
       const Index from = begin == 0 && job_.first ? 1 : begin;
       S* const to = panels_.h(job_.scratch, j);
-      outer(h_range<Cell>, j, job_.y, from - 1, end - 1, 1, H, to);
-      if (from > begin && job_.initial.h) {
-        outer(h_range<Cell>, j, {job_.initial.h, 0, H}, 0, 1, 0, H, to);
+      if (sees_other_states()) {
+        outer(h_range<Cell>, j, {seen_, B * H, H}, begin, end, 0, H, to);
+      } else {
+        outer(h_range<Cell>, j, job_.y, from - 1, end - 1, 1, H, to);
+        if (from > begin && job_.initial.h) {
+          outer(h_range<Cell>, j, {job_.initial.h, 0, H}, 0, 1, 0, H, to);
+        }
       }
       if constexpr (Cell::two_phases) {
         outer(candidate, j, {resets_, B * H, H}, begin, end, 0, H,
@@ -330,7 +451,14 @@ class ReverseLayer {
   const S* const zeros_;  // [H]
   S* const grads_;        // gate gradients [panels][steps * B][width]
   S* const resets_;       // two phases: r h' again [steps * B][H]
-  S* const sums_;         // [rows][4 p], of this thread's output panel in work
+  S* const shared_sums_;
+  S* const sums_;  // [rows][4 p], of this thread's output panel in work
+  const bool optioned_;
+  const bool carries_h_;
+  StepView<S> view_;
+  const StepOptions<S>& options_;
+  S* const seen_;    // h' as the products saw it [steps * B][H]
+  S* const inputs_;  // x without what is missing [steps * B][I]
 };
 
 }  // namespace FASTBPTT_ISA

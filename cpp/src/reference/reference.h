@@ -25,10 +25,11 @@
 
 namespace fastbptt::reference {
 
-enum class Cell { rnn_tanh, rnn_relu, lstm, gru, gru_reset_before };
+enum class Cell { rnn_tanh, rnn_relu, lstm, gru, gru_reset_before, lstm_coupled };
 
 // Gates of a cell: how many blocks of H rows its weights have.
 int gates(Cell cell);
+bool has_cell_state(Cell cell);
 
 // One layer, its input and the error of its results. A null pointer stands for zeros; c0 and grad_c
 // are read by the LSTM only.
@@ -45,13 +46,26 @@ struct Problem {
   const double* grad_y;
   const double* grad_h;  // of the state after the last step
   const double* grad_c;
+
+  // Options; null: without.
+  const bool* resets;            // [T, B]  whether the state before the step is restart
+  const double* restart_h;       // [H]     null: zeros
+  const double* restart_c;       // [H]
+  const bool* mask;              // [T, B]  whether there is a step, else the state is carried over
+  const double* recurrent_mask;  // [B, H]  what h' is multiplied by before W_hh
+  const double* keep_h;          // [T, B, H]  zoneout: the part of h' that stays
+  const double* keep_c;
+  const double* peephole;    // [3*H] of i, f, o; coupled [2*H] of f, o
+  const double* grad_cells;  // [T, B, H]  error of every c
 };
 
-// The state vectors are those after the last step; c and grad_c0 are empty but for the LSTM.
+// The state vectors are those after the last step; what is of c is empty but for the LSTM.
 struct Result {
   std::vector<double> y, h, c;
   std::vector<double> grad_x, grad_h0, grad_c0;
   std::vector<double> grad_w_ih, grad_w_hh, grad_b_ih, grad_b_hh;
+  double kink;  // the smallest magnitude of what went into a relu
+  std::vector<double> cells, grad_peephole, grad_restart_h, grad_restart_c;
 };
 
 Result run(const Problem& problem);

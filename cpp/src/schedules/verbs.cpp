@@ -18,6 +18,7 @@
 #include "fastbptt/recurrent.h"
 #include "fastbptt/runtime.h"
 #include "schedules/lengths.h"
+#include "schedules/marks.h"
 #include "schedules/stop_flag.h"
 #include "threads/pool.h"
 
@@ -219,6 +220,7 @@ struct ForwardMemory {
   std::vector<Index> dropped;  // a chunk of what dropout left
   std::vector<Index> x;        // chunks of the caller's, where rows lie unevenly there
   std::vector<Index> y;
+  std::vector<Index> cells;
 };
 
 // The memory of reverse; scratch by part and layer, with the weight gradients so far.
@@ -232,8 +234,10 @@ struct ReverseMemory {
   std::vector<Index> x;
   std::vector<Index> y;  // with the step before the chunk
   std::vector<Index> grad_y;
+  std::vector<Index> grad_cells;
   std::vector<Index> grad_x;  // a chunk that is still to be added, or put where its rows belong
   std::vector<Index> start;   // the state that a block begins with
+  std::vector<Index> restart;  // what resets give back to the learned states, by part
 };
 
 // Steps [t0, t1) of a block: what a kernel is called for.
@@ -267,6 +271,7 @@ struct Session<S>::Data {
   Lengths lengths;
   bool packed;
   bool drops;
+  bool seeded;
   std::uint64_t seed;
   Index longest;
   Blocks all;
@@ -274,6 +279,8 @@ struct Session<S>::Data {
   std::vector<Part> parts;
   bool direct;
   Index capacity;  // rows of time x batch in a chunk, at most
+  Marks marks;
+  std::vector<S> recurrent_masks;  // [L*D, B, H], rows in the order of the parts
   std::unique_ptr<ForwardMemory<S>> forward_memory;
   std::unique_ptr<ReverseMemory<S>> reverse_memory;
   std::vector<S> grad_learned;  // of the learned states, by layer, h and then c
@@ -285,20 +292,49 @@ struct Session<S>::Data {
         lengths(batch),
         packed(batch.packed),
         drops(batch.seed && s.dropout > 0 && s.num_layers > 1),
+        seeded(batch.seed),
         seed(batch.seed ? *batch.seed : 0),
         longest(most_steps),
         all(lengths.blocks(batch.begin, batch.T)),
         split(split_work(s, all.rows, batch.B)),
         parts(share_rows(lengths, batch.B, split.parts)),
         direct(all.rows <= direct_rows),
-        capacity(0) {
+        capacity(0),
+        marks(batch, shape.directions, row_numbers()) {
+    shape.options.resets = marks.given(0);
+    shape.options.mask = marks.given(1);
+    if (batch.seed) draw_recurrent_masks();
     for_sizes([&](Index steps, Index rows) { capacity = std::max(capacity, steps * rows); });
     if (learns_state()) grad_learned.assign(shape.layers() * state_width(), S(0));
   }
 
   static const LayerKernels<S>& kernel() { return kernels().layer<S>(); }
+  // The caller's rows in the order of the parts.
+  std::vector<Index> row_numbers() const {
+    std::vector<Index> rows;
+    for (const Part& part : parts) {
+      for (Index j = 0; j < part.rows; ++j) rows.push_back(lengths.row(part.rank(j)));
+    }
+    return rows;
+  }
+
+  // Each unit is dropped for all of time (Gal & Ghahramani 2016).
+  void draw_recurrent_masks() {
+    const double p = shape.options.recurrent_dropout;
+    const Index R = shape.output_size(), n = shape.layers() * B;
+    if (p == 0) return;
+    recurrent_masks.resize(n * R);
+    for (Index i = 0; i < n; ++i) {
+      draw_mask(seed, {Draw::recurrent_dropout, i / B, 0, marks.rows[i % B]}, p,
+                p < 1 ? S(1 / (1 - p)) : S(0), R, &recurrent_masks[i * R]);
+    }
+  }
+
   bool ragged() const { return lengths.given(); }
   bool learns_state() const { return weights[0].h0 != nullptr; }
+  // Whether rows may begin anew with the learned state.
+  bool restarts() const { return learns_state() && marks.given(0); }
+  Index cells_width() const { return has_cell_state(shape.cell) ? shape.hidden_size : 0; }
   Index y_width() const { return shape.directions * shape.output_size(); }
   Index state_width() const {
     return shape.output_size() + (has_cell_state(shape.cell) ? shape.hidden_size : 0);
@@ -340,6 +376,7 @@ struct Session<S>::Data {
       memory.dropped.push_back(chunk(drops, y_width()));
       memory.x.push_back(chunk(!parts[p].even, shape.input_size));
       memory.y.push_back(chunk(!parts[p].even, shape.output_size()));
+      memory.cells.push_back(chunk(!parts[p].even, cells_width()));
     }
     return memory;
   }
@@ -368,6 +405,9 @@ struct Session<S>::Data {
       memory.x.push_back(chunk(!part.even, shape.input_size));
       memory.y.push_back(memory.arena.reserve(part.even ? 0 : (capacity + part.rows) * R));
       memory.grad_y.push_back(chunk(!part.even, R));
+      memory.grad_cells.push_back(chunk(!part.even, cells_width()));
+      memory.restart.push_back(
+          memory.arena.reserve(restarts() ? shape.layers() * state_width() : 0));
       memory.grad_x.push_back(chunk(both || !part.even, std::max(shape.input_size, y_width())));
       memory.start.push_back(
           memory.arena.reserve(ragged() && part.stride > 1 ? part.rows * state_width() : 0));
@@ -396,6 +436,9 @@ struct Session<S>::Data {
         for (std::size_t p = 0; p < parts.size(); ++p) {
           kernel().reverse_begin(shape.layer(k), scratch_of(*memory, p, k));
         }
+      }
+      for (std::size_t p = 0; p < parts.size() && restarts(); ++p) {
+        std::fill_n(memory->arena.at(memory->restart[p]), shape.layers() * state_width(), S(0));
       }
       reverse_memory = std::move(memory);
     }
@@ -566,6 +609,26 @@ struct Session<S>::Data {
     return directed(x, c.steps(), d);
   }
 
+  // What layer k does beside its cell's formula in a chunk.
+  StepOptions<S> step_options(const Walk& w, const Chunk& c, Index k, Index d) const {
+    StepOptions<S> options{};
+    const auto mark = [&](Index which) {
+      const Sequence<const bool> all = marks.of(which, d);
+      return all.data ? directed(all.from(c.t0 - marks.begin, w.part.begin), c.steps(), d) : all;
+    };
+    options.resets = mark(0);
+    options.mask = mark(1);
+    options.restart = {weights[k].h0, weights[k].c0};
+    if (!recurrent_masks.empty()) {
+      options.recurrent_mask = &recurrent_masks[(k * B + w.part.begin) * shape.output_size()];
+    }
+    const LayerOptions& o = shape.options;
+    options.zoneout = {o.zoneout_h, o.zoneout_c, seeded ? &seed : nullptr,
+                       k,           d == 0 ? c.t0 : c.t1 - 1, d == 0 ? 1 : -1,
+                       &marks.rows[w.part.begin]};
+    return options;
+  }
+
   // The dropout of what layer l gave at one step of one row; or of its gradient, which is the same.
   void drop(const Walk& w, Index t, Index j, Index l, const S* from, S* to) const {
     const S scale = shape.dropout < 1 ? S(1 / (1 - shape.dropout)) : S(0);
@@ -617,6 +680,7 @@ struct Session<S>::Data {
         learned ? State<const S>{learned_state.h, learned_state.c} : run.initial;
     const OwnState state = begin_state(from, run.final);
     clear_padding(run, run.y, y_width());
+    clear_padding(run, run.cells, D * cells_width());
     if (blocks.rows == 0) return end_state(state, run.final);
     const ForwardMemory<S>& memory = ready_forward();
     const TapeLayout<S> layout{shape, blocks, ragged()};
@@ -666,15 +730,27 @@ struct Session<S>::Data {
         job.weights = weights[k];
         job.team = team;
         job.scratch = memory.arena.at(memory.scratch[p]);
+        job.options = step_options(w, c, k, d);
+        const Index C = cells_width();
+        if (l == L - 1 && run.cells.data && scattered) {
+          job.options.c = {memory.arena.at(memory.cells[p]), c.rows * C, C};
+        } else if (l == L - 1 && run.cells.data) {
+          const Sequence<S> cells = outside(w, c, run.cells);
+          job.options.c =
+              directed(Sequence<S>{cells.data + d * C, cells.step, cells.row}, c.steps(), d);
+        }
         kernel().forward(job);
-        if (scattered) {
-          const Sequence<S> y = directed(outside(w, c, run.y), c.steps(), d);
+        const auto scatter = [&](const Sequence<S>& from, const Sequence<S>& all, Index columns) {
+          const Sequence<S> to = directed(outside(w, c, all), c.steps(), d);
           each(team, c.steps(), [&](Index s) {
             for (Index j = 0; j < c.rows; ++j) {
-              std::copy_n(job.y.at(s, j), R, y.at(s, lengths.row(w.part.rank(j))) + d * R);
+              std::copy_n(from.at(s, j), columns,
+                          to.at(s, lengths.row(w.part.rank(j))) + d * columns);
             }
           });
-        }
+        };
+        if (scattered) scatter(job.y, run.y, R);
+        if (scattered && run.cells.data) scatter(job.options.c, run.cells, C);
       });
     });
     stop.raise();
@@ -734,21 +810,24 @@ struct Session<S>::Data {
         job.x = input(
             w, c, l, d, memory.arena.at(memory.x[p]), memory.arena.at(memory.dropped[p]),
             [&](Index below) { return inside(w, c, layout.y(grad.tape, below), y_width(), 0); });
+        Sequence<const S> grad_cells;
         if (!top) {
           job.y = of_direction(inside(w, c, layout.y(grad.tape, l), y_width(), 0));
           job.grad_y = of_direction(read_only(middle(l, c)));
         } else {
           const Sequence<const S> y = read_only(run.y);
-          const auto columns = [&](const Sequence<const S>& all) -> Sequence<const S> {
-            const Sequence<const S> own = outside(w, c, all);
-            return {own.data ? own.data + d * R : nullptr, own.step, own.row};
+          const auto from_outside = [&](const Sequence<const S>& all, Index from, Index columns,
+                                        S* to) -> Sequence<const S> {
+            const Sequence<const S> part = outside(w, c, all);
+            const Sequence<const S> own{part.data ? part.data + d * columns : nullptr, part.step,
+                                        part.row};
+            if (even || !all.data) return directed(own, n, d);
+            return gathered(w, c, own, d, from, columns, to);
           };
-          job.y = even ? directed(columns(y), n, d)
-                       : gathered(w, c, columns(y), d, job.first ? 0 : -1, R,
-                                  memory.arena.at(memory.y[p]));
-          job.grad_y = even || !grad.grad_y.data ? directed(columns(grad.grad_y), n, d)
-                                                 : gathered(w, c, columns(grad.grad_y), d, 0, R,
-                                                            memory.arena.at(memory.grad_y[p]));
+          job.y = from_outside(y, job.first ? 0 : -1, R, memory.arena.at(memory.y[p]));
+          job.grad_y = from_outside(grad.grad_y, 0, R, memory.arena.at(memory.grad_y[p]));
+          grad_cells = from_outside(grad.grad_cells, 0, cells_width(),
+                                    memory.arena.at(memory.grad_cells[p]));
         }
         job.tape = directed(inside(w, c, layout.layer(grad.tape, k), layout.width(), 0), n, d);
         const Index columns = shape.layer(k).input_size;
@@ -762,6 +841,13 @@ struct Session<S>::Data {
         job.team = team;
         job.scratch = scratch_of(memory, p, k);
         job.weights = !(grad.frozen && grad.frozen[k]);
+        job.peephole = weights[k].peephole;
+        job.options = step_options(w, c, k, d);
+        job.options.grad_c = grad_cells;
+        if (restarts()) {
+          S* const to = memory.arena.at(memory.restart[p]) + k * state_width();
+          job.options.grad_restart = {to, has_cell_state(shape.cell) ? to + R : nullptr};
+        }
         kernel().reverse(job);
         // Where all directions have come to it, the dropout of the layer below.
         const bool dropping = drops && l > 0 && d == D - 1;
@@ -837,8 +923,15 @@ void Session<S>::finish(const Weights<S>* grad_weights) {
                                    to);
     }
     const S* const learned = data.grad_learned.data() + k * data.state_width();
-    for (Index i = 0; i < R && to.h0; ++i) to.h0[i] += learned[i];
-    for (Index i = 0; i < data.shape.hidden_size && to.c0; ++i) to.c0[i] += learned[R + i];
+    const auto add_learned = [&](const S* from) {
+      for (Index i = 0; i < R && to.h0; ++i) to.h0[i] += from[i];
+      for (Index i = 0; i < data.shape.hidden_size && to.c0; ++i) to.c0[i] += from[R + i];
+    };
+    add_learned(learned);
+    for (std::size_t p = 0; p < data.parts.size() && data.reverse_memory && data.restarts(); ++p) {
+      add_learned(data.reverse_memory->arena.at(data.reverse_memory->restart[p]) +
+                  k * data.state_width());
+    }
   }
 }
 
