@@ -34,6 +34,8 @@ constexpr const char* dtype_name() {
     return "float32";
   else if constexpr (std::is_same_v<S, double>)
     return "float64";
+  else if constexpr (std::is_same_v<S, bool>)
+    return "bool";
   else
     return "int64";
 }

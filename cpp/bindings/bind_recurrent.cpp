@@ -23,6 +23,9 @@ struct StateArrays {
 struct BatchOptions {
   std::optional<std::vector<Index>> lengths;
   std::optional<std::uint64_t> seed;
+  std::optional<py::array> resets;  // [T, B]
+  std::optional<py::array> mask;
+  bool cells = false;  // whether every c is an output too
 
   // From a dict of what there is, or None.
   BatchOptions(const py::object& given, Index T, Index B) {
@@ -33,14 +36,25 @@ struct BatchOptions {
         lengths = checked_lengths(value, T, B);
       else if (name == "seed")
         seed = value.cast<std::uint64_t>();
+      else if (name == "resets")
+        resets = contiguous(checked<bool>("resets", value, {T, B}));
+      else if (name == "mask")
+        mask = contiguous(checked<bool>("mask", value, {T, B}));
+      else if (name == "cells")
+        cells = value.cast<bool>();
       else
-        throw py::type_error("batch: got '" + name + "', wanted lengths or seed");
+        throw py::type_error("batch: got '" + name +
+                             "', wanted lengths, seed, resets, mask or cells");
     }
   }
   BatchOptions() = default;
 
   Batch view(Index T, Index B, Index begin) const {
-    return {T, B, lengths ? lengths->data() : nullptr, false, seed ? &*seed : nullptr, begin};
+    const auto flags = [&](const std::optional<py::array>& array) {
+      return array ? data<bool>(*array) + begin * B : nullptr;
+    };
+    return {T,     B,           lengths ? lengths->data() : nullptr, false, seed ? &*seed : nullptr,
+            begin, flags(resets), flags(mask)};
   }
 
  private:
@@ -146,9 +160,9 @@ class Stack {
                       : whole_record<float>(x, state, batch);
   }
   py::tuple reverse(const Tape& tape, const py::object& grad_y, const py::object& grad_state,
-                    bool need_x) const {
-    return is_double_ ? whole_reverse<double>(tape, grad_y, grad_state, need_x)
-                      : whole_reverse<float>(tape, grad_y, grad_state, need_x);
+                    bool need_x, const py::object& grad_cells) const {
+    return is_double_ ? whole_reverse<double>(tape, grad_y, grad_state, need_x, grad_cells)
+                      : whole_reverse<float>(tape, grad_y, grad_state, need_x, grad_cells);
   }
 
  private:
@@ -163,8 +177,18 @@ class Stack {
         shape_.directions = value.cast<bool>() ? 2 : 1;
       else if (name == "dropout")
         shape_.dropout = value.cast<double>();
+      else if (name == "peephole")
+        shape_.options.peephole = value.cast<bool>();
+      else if (name == "recurrent_dropout")
+        shape_.options.recurrent_dropout = value.cast<double>();
+      else if (name == "zoneout_h")
+        shape_.options.zoneout_h = value.cast<double>();
+      else if (name == "zoneout_c")
+        shape_.options.zoneout_c = value.cast<double>();
       else
-        throw py::type_error("options: got '" + name + "', wanted bidirectional or dropout");
+        throw py::type_error("options: got '" + name +
+                             "', wanted bidirectional, dropout, peephole, recurrent_dropout, "
+                             "zoneout_h or zoneout_c");
     }
   }
 
@@ -249,13 +273,16 @@ class Stack {
     SequenceArray<S> x;
     StateArrays<S> initial;
     py::array y;
+    py::object cells;  // or None
     py::object final_state;
     Forward<S> run;
+    py::object output() const { return cells.is_none() ? y : py::make_tuple(y, cells); }
   };
 
   template <class S>
   Call<S> prepare(const py::object& x, const py::object& state, bool batch_first) const {
     Call<S> call;
+    call.cells = py::none();
     call.x = SequenceArray<S>(checked<S>("x", x, {-1, -1, shape_.input_size}), batch_first);
     const py::array& input = call.x.array();
     const Index T = input.shape(batch_first ? 1 : 0), B = input.shape(batch_first ? 0 : 1);
@@ -271,8 +298,18 @@ class Stack {
     call.final_state = std::move(object);
     const Sequence<S> y{static_cast<S*>(call.y.mutable_data()), batch_first ? F : B * F,
                         batch_first ? T * F : F};
-    call.run = {T, call.x.view(), call.initial.view, y, final, 0};
+    call.run = {T, call.x.view(), call.initial.view, y, final, 0, {}};
     return call;
+  }
+
+  // Every c of the last layer as an output, beside y.
+  template <class S>
+  void add_cells(Call<S>& call, bool batch_first) const {
+    const Index T = call.run.steps, B = call.B, F = shape_.directions * shape_.hidden_size;
+    py::array cells = batch_first ? new_array<S>(B, T, F) : new_array<S>(T, B, F);
+    call.run.cells = {static_cast<S*>(cells.mutable_data()), batch_first ? F : B * F,
+                      batch_first ? T * F : F};
+    call.cells = std::move(cells);
   }
 
   Index y_width() const { return shape_.directions * shape_.output_size(); }
@@ -286,7 +323,7 @@ class Stack {
   template <class S>
   static py::tuple advance_in(fastbptt::Session<S>& session, Call<S> call) {
     without_gil([&](Interrupt interrupt) { session.advance(call.run, interrupt); });
-    return py::make_tuple(std::move(call.y), std::move(call.final_state));
+    return py::make_tuple(call.output(), std::move(call.final_state));
   }
 
   template <class S>
@@ -305,7 +342,7 @@ class Stack {
     tape->y = call.y;
     tape->y_view = {call.run.y.data, call.run.y.step, call.run.y.row};
     tape->initial = call.initial;
-    return py::make_tuple(std::move(call.y), std::move(call.final_state),
+    return py::make_tuple(call.output(), std::move(call.final_state),
                           std::make_shared<Tape>(std::move(tape)));
   }
 
@@ -323,6 +360,7 @@ class Stack {
   template <class S>
   std::pair<py::object, py::object> reverse_in(fastbptt::Session<S>& session, TapeOf<S>& tape,
                                                const py::object& grad_y,
+                                               const py::object& grad_cells,
                                                const py::object& grad_state, bool need_x,
                                                bool batch_first) const {
     const Index T = tape.T, B = tape.B, I = shape_.input_size;
@@ -331,6 +369,15 @@ class Stack {
     SequenceArray<S> dy;
     if (!grad_y.is_none()) {
       dy = SequenceArray<S>(checked<S>("grad_y", grad_y, {first, second, y_width()}), batch_first);
+    }
+    SequenceArray<S> d_cells;
+    if (!grad_cells.is_none()) {
+      if (!has_cell_state(shape_.cell)) {
+        throw py::value_error("grad_cells: got an array for a layer without cells, wanted None");
+      }
+      const Index F = shape_.directions * shape_.hidden_size;
+      d_cells = SequenceArray<S>(checked<S>("grad_cells", grad_cells, {first, second, F}),
+                                 batch_first);
     }
     const StateArrays<S> final = checked_state<S>("grad_state", grad_state, B);
 
@@ -355,8 +402,10 @@ class Stack {
                            tape.initial.view,
                            {const_cast<S*>(tape.y_view.data), tape.y_view.step, tape.y_view.row},
                            {},
-                           tape.begin};
-      const Reverse<S> grad{tape.steps.data(), dy.view(), final.view, dx, initial};
+                           tape.begin,
+                           {}};
+      const Reverse<S> grad{tape.steps.data(), dy.view(), final.view, dx, initial,
+                            nullptr,           d_cells.view()};
       without_gil([&](Interrupt interrupt) { session.reverse(run, grad, interrupt); });
     } catch (...) {
       tape.consumed = false;  // nothing of the tape was changed: it may be used again
@@ -392,6 +441,7 @@ class Stack {
                           const py::object& batch) const {
     Call<S> call = prepare<S>(x, state, batch_first_);
     const BatchOptions options(batch, call.run.steps, call.B);
+    if (options.cells) add_cells(call, batch_first_);
     const auto own_session = session<S>(options.view(call.run.steps, call.B, 0), call.run.steps);
     return advance_in<S>(*own_session, std::move(call));
   }
@@ -400,18 +450,20 @@ class Stack {
                          const py::object& batch) const {
     Call<S> call = prepare<S>(x, state, batch_first_);
     const BatchOptions options(batch, call.run.steps, call.B);
+    if (options.cells) add_cells(call, batch_first_);
     const auto own_session = session<S>(options.view(call.run.steps, call.B, 0), call.run.steps);
     return record_in<S>(*own_session, std::move(call), options);
   }
   template <class S>
   py::tuple whole_reverse(const Tape& handle, const py::object& grad_y,
-                          const py::object& grad_state, bool need_x) const {
+                          const py::object& grad_state, bool need_x,
+                          const py::object& grad_cells) const {
     TapeOf<S>& tape = own<S>(handle);
     const BatchOptions options = tape.batch;
     const auto own_session =
         session<S>(options.view(tape.begin + tape.T, tape.B, tape.begin), tape.T);
     auto [grad_x, grad_initial] =
-        reverse_in<S>(*own_session, tape, grad_y, grad_state, need_x, batch_first_);
+        reverse_in<S>(*own_session, tape, grad_y, grad_cells, grad_state, need_x, batch_first_);
     return py::make_tuple(std::move(grad_x), std::move(grad_initial),
                           weight_gradients<S>(*own_session));
   }
@@ -461,7 +513,7 @@ class SessionOf : public Session {
                     bool need_x) override {
     TapeOf<S>& tape = stack_.own<S>(handle);
     check(tape.T, tape.B, "tape");
-    auto [x, state] = stack_.reverse_in<S>(*session_, tape, grad_y, grad_state, need_x, false);
+    auto [x, state] = stack_.reverse_in<S>(*session_, tape, grad_y, py::none(), grad_state, need_x, false);
     return py::make_tuple(std::move(x), std::move(state));
   }
   py::list finish() override { return stack_.weight_gradients<S>(*session_); }
@@ -536,7 +588,7 @@ void bind_recurrent(py::module_& m) {
            py::arg("batch") = py::none())
       .def("record", &Stack::record, py::arg("x"), py::arg("state"), py::arg("batch") = py::none())
       .def("reverse", &Stack::reverse, py::arg("tape"), py::arg("grad_y"), py::arg("grad_state"),
-           py::arg("need_x"));
+           py::arg("need_x"), py::arg("grad_cells") = py::none());
 }
 
 }  // namespace fastbptt::bindings
