@@ -164,6 +164,17 @@ def as_lengths(value: Any, T: int, B: int) -> NDArray[np.int64]:
     return array.astype(np.int64)
 
 
+def as_flags(name: str, value: Any, T: int, B: int, batch_first: bool) -> NDArray[np.bool_]:
+    """Return `value` as bools `[T, B]`, given as `[B, T]` with `batch_first`."""
+    array = from_any(name, value)
+    if array.dtype != np.bool_:
+        raise TypeError(f"{name}: got {_described(value, array)}, wanted bools")
+    wanted = (B, T) if batch_first else (T, B)
+    if array.shape != wanted:
+        raise ValueError(f"{name}: got shape {array.shape}, wanted {wanted}")
+    return array.T if batch_first else array
+
+
 def as_seed(value: Any) -> int:
     """Return `value` as an int of 64 bits."""
     seed = as_size("seed", value, least=0)

@@ -84,6 +84,7 @@ class Stack:
         grad_y: Array | None,
         grad_state: State | None,
         need_x: bool,
+        grad_cells: Array | None = None,
     ) -> tuple[Array | None, State, list[Array | None]]: ...
 
 def linear(x: Array, weight: Array, bias: Array | None, cuts: bool = False) -> Array:

@@ -156,7 +156,9 @@ def orthogonal_layers(
             weight.fill(0.0)
 
 
-def forget_bias(weights: Mapping[str, Array], hidden_size: int, value: float) -> None:
+def forget_bias(
+    weights: Mapping[str, Array], hidden_size: int, value: float, gate: int = 1
+) -> None:
     """Set the bias of an LSTM's forget gate to `value` (Gers et al. 2000, Jozefowicz et al. 2015).
 
     The two biases of a gate add up: `value` goes into `bias_ih`, and `bias_hh` becomes zero.
@@ -169,6 +171,8 @@ def forget_bias(weights: Mapping[str, Array], hidden_size: int, value: float) ->
         H; gates are stacked as i, f, g, o.
     value : float
         The bias; 1 is usual, more lets the cell remember for longer from the start.
+    gate : int
+        The place of f among the gates.
 
     Examples
     --------
@@ -179,7 +183,7 @@ def forget_bias(weights: Mapping[str, Array], hidden_size: int, value: float) ->
     >>> weights["bias_ih_l0"].tolist()
     [0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
     """
-    forget = slice(hidden_size, 2 * hidden_size)
+    forget = slice(gate * hidden_size, (gate + 1) * hidden_size)
     for name, weight in weights.items():
         if name.startswith("bias_ih"):
             weight[forget] = value
@@ -188,7 +192,11 @@ def forget_bias(weights: Mapping[str, Array], hidden_size: int, value: float) ->
 
 
 def chrono(
-    weights: Mapping[str, Array], hidden_size: int, longest: float, rng: np.random.Generator
+    weights: Mapping[str, Array],
+    hidden_size: int,
+    longest: float,
+    rng: np.random.Generator,
+    gate: int = 1,
 ) -> None:
     """Set the biases of the gates for memories of up to `longest` steps (Tallec & Ollivier 2018).
 
@@ -208,6 +216,8 @@ def chrono(
         The longest span between a cause and its effect that is expected, in steps; above 2.
     rng : numpy.random.Generator
         Where the numbers come from.
+    gate : int
+        The place of f or z among the gates.
 
     References
     ----------
@@ -230,7 +240,7 @@ def chrono(
         if name.startswith("bias_ih"):
             gates = weight.reshape(-1, hidden_size)
             bias = np.log(rng.uniform(1.0, longest - 1.0, hidden_size))
-            gates[1] = bias  # f of the LSTM, z of the GRU
+            gates[gate] = bias
             if len(gates) == 4:
                 gates[0] = -bias
 

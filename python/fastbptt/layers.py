@@ -16,6 +16,7 @@ from fastbptt._arrays import (
     as_bool,
     as_dtype,
     as_finite,
+    as_flags,
     as_lengths,
     as_probability,
     as_rng,
@@ -27,7 +28,7 @@ from fastbptt._core import Stack, Tape
 from fastbptt._part import Gradients, Part, StateT
 
 # The parameters of a layer in one direction, in the order of the core.
-_KINDS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "h0", "c0")
+_KINDS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "h0", "c0", "weight_peephole")
 
 
 class Recurrent(Part, Generic[StateT]):
@@ -39,7 +40,9 @@ class Recurrent(Part, Generic[StateT]):
         I, H and L.
     bias, batch_first, bidirectional, learn_initial_state : bool
         As given to the constructor.
-    dropout : float
+    dropout, recurrent_dropout : float
+        As given to the constructor.
+    zoneout : float or tuple of float
         As given to the constructor.
     dtype : numpy.dtype
         float32 or float64.
@@ -53,7 +56,11 @@ class Recurrent(Part, Generic[StateT]):
     bidirectional: bool
     dropout: float
     learn_initial_state: bool
-    _gates: ClassVar[int]
+    recurrent_dropout: float
+    zoneout: float | tuple[float, float]
+    peephole: bool = False
+    _gates: int
+    _keep_gate = 1  # the place of the gate that holds the old state, where there is one
     _has_cells: ClassVar[bool] = False
     _transient = ("_stack", "_advance")
     _stack: Stack
@@ -72,6 +79,8 @@ class Recurrent(Part, Generic[StateT]):
         dropout: float = 0.0,
         bidirectional: bool = False,
         learn_initial_state: bool = False,
+        recurrent_dropout: float = 0.0,
+        zoneout: float | tuple[float, float] = 0.0,
     ) -> None:
         self.input_size = as_size("input_size", input_size)
         self.hidden_size = as_size("hidden_size", hidden_size)
@@ -82,6 +91,8 @@ class Recurrent(Part, Generic[StateT]):
         self.dropout = as_probability("dropout", dropout)
         self.bidirectional = as_bool("bidirectional", bidirectional)
         self.learn_initial_state = as_bool("learn_initial_state", learn_initial_state)
+        self.recurrent_dropout = as_probability("recurrent_dropout", recurrent_dropout)
+        self.zoneout = self._as_zoneout(zoneout)
         L, I, H, D = self.num_layers, self.input_size, self.hidden_size, self.directions  # noqa: E741
         columns = (I + H) + (L - 1) * (D + 1) * H + (2 * L if self.bias else 0)
         check_parameters(
@@ -100,6 +111,14 @@ class Recurrent(Part, Generic[StateT]):
     def output_size(self) -> int:
         """The width of y: D*H."""
         return self.directions * self.hidden_size
+
+    def _as_zoneout(self, value: Any) -> float | tuple[float, float]:
+        if not isinstance(value, (tuple, list)):
+            return as_probability("zoneout", value)
+        if not self._has_cells or len(value) != 2:
+            wanted = "a number or a pair (h, c)" if self._has_cells else "a number"
+            raise ValueError(f"zoneout: got {value!r}, wanted {wanted}")
+        return as_probability("zoneout[0]", value[0]), as_probability("zoneout[1]", value[1])
 
     def _initialise(
         self,
@@ -130,16 +149,21 @@ class Recurrent(Part, Generic[StateT]):
         drawn = {n: w for n, w in self._weights.items() if n not in learned}
         initialisers.LAYERS[init](drawn, self.hidden_size, rng)
         if "forget_bias" in given:
-            initialisers.forget_bias(self._weights, self.hidden_size, given["forget_bias"])
+            initialisers.forget_bias(
+                self._weights, self.hidden_size, given["forget_bias"], self._keep_gate
+            )
         if "chrono" in given:
-            initialisers.chrono(self._weights, self.hidden_size, given["chrono"], rng)
+            initialisers.chrono(
+                self._weights, self.hidden_size, given["chrono"], rng, self._keep_gate
+            )
         if self._random:
             self._draws = np.random.default_rng(rng.integers(1 << 63))
 
     @property
     def _random(self) -> bool:
         """Whether training draws random numbers."""
-        return self.dropout > 0.0 and self.num_layers > 1
+        between = self.dropout > 0.0 and self.num_layers > 1
+        return between or self.recurrent_dropout > 0.0 or self.zoneout not in (0.0, (0.0, 0.0))
 
     def _seed_of(self, seed: Any) -> int | None:
         """Return the seed of a training run: the one given, or a new draw; None if none is used."""
@@ -172,6 +196,8 @@ class Recurrent(Part, Generic[StateT]):
             "dropout": self.dropout,
             "bidirectional": self.bidirectional,
             "learn_initial_state": self.learn_initial_state,
+            "recurrent_dropout": self.recurrent_dropout,
+            "zoneout": list(self.zoneout) if isinstance(self.zoneout, tuple) else self.zoneout,
         }
 
     def _runs(self) -> Iterator[tuple[int, str]]:
@@ -193,6 +219,8 @@ class Recurrent(Part, Generic[StateT]):
                 yield f"h0{suffix}", (H,)
                 if self._has_cells:
                     yield f"c0{suffix}", (H,)
+            if self.peephole:
+                yield f"weight_peephole{suffix}", (rows - H,)
 
     def _cell(self) -> str:
         raise NotImplementedError
@@ -212,14 +240,40 @@ class Recurrent(Part, Generic[StateT]):
 
     def _options(self) -> dict[str, Any]:
         """Return what the core is to know beside cell and sizes."""
-        return {"bidirectional": self.bidirectional, "dropout": self.dropout}
+        pair = self.zoneout if isinstance(self.zoneout, tuple) else (self.zoneout, self.zoneout)
+        return {
+            "bidirectional": self.bidirectional,
+            "dropout": self.dropout,
+            "peephole": self.peephole,
+            "recurrent_dropout": self.recurrent_dropout,
+            "zoneout_h": pair[0],
+            "zoneout_c": pair[1] if self._has_cells else 0.0,
+        }
 
-    def _batch(self, x: Array, lengths: Any, seed: int | None) -> dict[str, Any] | None:
+    def _batch(
+        self,
+        x: Array,
+        lengths: Any = None,
+        resets: Any = None,
+        mask: Any = None,
+        cells: bool = False,
+        seed: int | None = None,
+    ) -> dict[str, Any] | None:
         """Return what the core is to know of a batch beside x."""
         batch: dict[str, Any] = {}
-        if lengths is not None and x.ndim == 3:  # the core says what is wrong with another x
+        if x.ndim == 3:  # the core says what is wrong with another x
             T, B = x.shape[1::-1] if self.batch_first else x.shape[:2]
-            batch["lengths"] = as_lengths(lengths, T, B)
+            if lengths is not None:
+                batch["lengths"] = as_lengths(lengths, T, B)
+            for name, flags in (("resets", resets), ("mask", mask)):
+                if flags is not None:
+                    batch[name] = as_flags(name, flags, T, B, self.batch_first)
+        if as_bool("return_cells", cells):
+            if not self._has_cells:
+                raise ValueError(
+                    f"return_cells: got True for {type(self).__name__}, which has no cells"
+                )
+            batch["cells"] = True
         if seed is not None:
             batch["seed"] = seed
         return batch or None
@@ -231,6 +285,28 @@ class Recurrent(Part, Generic[StateT]):
             )
         return as_array(name, state, self.dtype)
 
+    @overload
+    def __call__(
+        self,
+        x: ArrayLike,
+        state: ArrayLike | None = None,
+        *,
+        lengths: ArrayLike | None = None,
+        resets: ArrayLike | None = None,
+        mask: ArrayLike | None = None,
+        return_cells: Literal[False] = False,
+    ) -> tuple[Array, StateT]: ...
+    @overload
+    def __call__(
+        self,
+        x: ArrayLike,
+        state: ArrayLike | None = None,
+        *,
+        lengths: ArrayLike | None = None,
+        resets: ArrayLike | None = None,
+        mask: ArrayLike | None = None,
+        return_cells: Literal[True],
+    ) -> tuple[Array, StateT, Array]: ...
     # A step of a small layer takes a few microseconds, so arrays go to the core as they come.
     def __call__(
         self,
@@ -238,8 +314,11 @@ class Recurrent(Part, Generic[StateT]):
         state: ArrayLike | None = None,
         *,
         lengths: ArrayLike | None = None,
-    ) -> tuple[Array, StateT]:
-        """Run through time, keeping nothing for a gradient. Nothing is dropped.
+        resets: ArrayLike | None = None,
+        mask: ArrayLike | None = None,
+        return_cells: bool = False,
+    ) -> tuple[Array, StateT] | tuple[Array, StateT, Array]:
+        """Run through time, keeping nothing for a gradient. Nothing is drawn at random.
 
         Parameters
         ----------
@@ -252,6 +331,15 @@ class Recurrent(Part, Generic[StateT]):
             How many steps each row has, `[B]`, in any order, each from 0 to T; all T by default.
             Behind its length a row costs nothing, y is zero, and its final state is the one at its
             length; of a row of length 0 it is the state before.
+        resets : array_like of bool, optional
+            `[T, B]`, or `[B, T]` with `batch_first`: whether the row's state is set to zero, or to
+            the learned initial state, before the step, as between the episodes of a stream. No
+            gradient crosses it. A direction that runs backward begins anew at the same place.
+        mask : array_like of bool, optional
+            Of the same shape: False where the row misses the step. Its state is carried over, so y
+            is that of the step before, and the gradient passes through; x may hold anything there.
+        return_cells : bool
+            LSTM only: whether every c of the last layer is returned too.
 
         Returns
         -------
@@ -260,6 +348,8 @@ class Recurrent(Part, Generic[StateT]):
         state : ndarray or tuple of ndarray
             The state after the last step, to go on from in the next call; of the direction that
             runs backward, the state after the first step.
+        cells : ndarray
+            With `return_cells`: c of the last layer at each step, in the form of y.
 
         Raises
         ------
@@ -284,9 +374,15 @@ class Recurrent(Part, Generic[StateT]):
             x = as_array("x", x, self.dtype)
         if state is not None and type(state) is not ndarray:
             state = self._as_state("state", state)
-        if lengths is not None:
-            return self._advance(x, state, self._batch(x, lengths, None))
-        return self._advance(x, state)
+        if lengths is None and resets is None and mask is None and return_cells is False:
+            return self._advance(x, state)
+        batch = self._batch(x, lengths, resets, mask, return_cells)
+        return cast("tuple[Array, StateT]", self._flat(*self._advance(x, state, batch)))
+
+    @staticmethod
+    def _flat(y: Any, *rest: Any) -> Any:
+        """Put the cells, where y comes with them, behind the rest."""
+        return (y[0], *rest, y[1]) if isinstance(y, tuple) else (y, *rest)
 
     @overload
     def forward(
@@ -296,6 +392,9 @@ class Recurrent(Part, Generic[StateT]):
         training: Literal[True] = True,
         *,
         lengths: ArrayLike | None = None,
+        resets: ArrayLike | None = None,
+        mask: ArrayLike | None = None,
+        return_cells: Literal[False] = False,
         seed: int | None = None,
     ) -> tuple[Array, StateT, Tape]: ...
     @overload
@@ -306,6 +405,9 @@ class Recurrent(Part, Generic[StateT]):
         training: Literal[False],
         *,
         lengths: ArrayLike | None = None,
+        resets: ArrayLike | None = None,
+        mask: ArrayLike | None = None,
+        return_cells: Literal[False] = False,
         seed: int | None = None,
     ) -> tuple[Array, StateT, None]: ...
     @overload
@@ -316,6 +418,9 @@ class Recurrent(Part, Generic[StateT]):
         *,
         training: Literal[False],
         lengths: ArrayLike | None = None,
+        resets: ArrayLike | None = None,
+        mask: ArrayLike | None = None,
+        return_cells: Literal[False] = False,
         seed: int | None = None,
     ) -> tuple[Array, StateT, None]: ...
     @overload
@@ -326,8 +431,12 @@ class Recurrent(Part, Generic[StateT]):
         training: bool = True,
         *,
         lengths: ArrayLike | None = None,
+        resets: ArrayLike | None = None,
+        mask: ArrayLike | None = None,
+        return_cells: Literal[False] = False,
         seed: int | None = None,
     ) -> tuple[Array, StateT, Tape | None]: ...
+    @overload
     def forward(
         self,
         x: ArrayLike,
@@ -335,8 +444,23 @@ class Recurrent(Part, Generic[StateT]):
         training: bool = True,
         *,
         lengths: ArrayLike | None = None,
+        resets: ArrayLike | None = None,
+        mask: ArrayLike | None = None,
+        return_cells: Literal[True],
         seed: int | None = None,
-    ) -> tuple[Array, StateT, Tape | None]:
+    ) -> tuple[Array, StateT, Tape | None, Array]: ...
+    def forward(
+        self,
+        x: ArrayLike,
+        state: ArrayLike | None = None,
+        training: bool = True,
+        *,
+        lengths: ArrayLike | None = None,
+        resets: ArrayLike | None = None,
+        mask: ArrayLike | None = None,
+        return_cells: bool = False,
+        seed: int | None = None,
+    ) -> tuple[Array, StateT, Tape | None] | tuple[Array, StateT, Tape | None, Array]:
         """Run through time and keep what `backward` needs.
 
         The tape refers to x, state and y without copying them: until `backward` they, and the
@@ -350,14 +474,23 @@ class Recurrent(Part, Generic[StateT]):
             The state before the first step; by default the learned one, or zeros. For RNN and GRU
             h `[L*D, B, H]`, for LSTM a tuple `(h, c)` of two such arrays.
         training : bool
-            Without it no tape is made, None takes its place, and nothing is dropped.
+            Without it no tape is made, None takes its place, and nothing is drawn at random.
         lengths : array_like of int, optional
             How many steps each row has, `[B]`, in any order, each from 0 to T; all T by default.
             Behind its length a row costs nothing, y is zero, and its final state is the one at its
             length; of a row of length 0 it is the state before.
+        resets : array_like of bool, optional
+            `[T, B]`, or `[B, T]` with `batch_first`: whether the row's state is set to zero, or to
+            the learned initial state, before the step, as between the episodes of a stream. No
+            gradient crosses it. A direction that runs backward begins anew at the same place.
+        mask : array_like of bool, optional
+            Of the same shape: False where the row misses the step. Its state is carried over, so y
+            is that of the step before, and the gradient passes through; x may hold anything there.
+        return_cells : bool
+            LSTM only: whether every c of the last layer is returned too.
         seed : int, optional
-            Of what `dropout` drops, from 0 to 2**64 - 1: the same seed drops the same. By default a
-            new one for each call, which the layer's own seed decides.
+            Of what is drawn at random, from 0 to 2**64 - 1: the same seed draws the same. By
+            default a new one for each call, which the layer's own seed decides.
 
         Returns
         -------
@@ -367,6 +500,8 @@ class Recurrent(Part, Generic[StateT]):
             The state after the last step.
         tape : Tape
             For one call of `backward`; `tape.nbytes` says what it holds beside x and y.
+        cells : ndarray
+            With `return_cells`: c of the last layer at each step, in the form of y.
 
         Raises
         ------
@@ -389,11 +524,13 @@ class Recurrent(Part, Generic[StateT]):
         if state is not None and type(state) is not ndarray:
             state = self._as_state("state", state)
         if not as_bool("training", training):
-            return (*self._advance(x, state, self._batch(x, lengths, None)), None)
-        batch = self._batch(x, lengths, self._seed_of(seed))
-        y, last, tape = self._stack.record(x, cast(Any, state), batch)
-        y.flags.writeable = False
-        return y, cast(StateT, last), tape
+            batch = self._batch(x, lengths, resets, mask, return_cells)
+            result = self._flat(*self._advance(x, state, batch), None)
+            return cast("tuple[Array, StateT, None]", result)
+        batch = self._batch(x, lengths, resets, mask, return_cells, self._seed_of(seed))
+        result = self._flat(*self._stack.record(x, cast(Any, state), batch))
+        result[0].flags.writeable = False
+        return cast("tuple[Array, StateT, Tape]", result)
 
     def backward(
         self,
@@ -402,6 +539,7 @@ class Recurrent(Part, Generic[StateT]):
         grad_state: ArrayLike | None = None,
         *,
         need_x: bool = True,
+        grad_cells: ArrayLike | None = None,
     ) -> Gradients[StateT]:
         """Run back through the time that `tape` recorded, and use the tape up.
 
@@ -416,6 +554,9 @@ class Recurrent(Part, Generic[StateT]):
             state; zeros by default. For truncated backpropagation leave it out.
         need_x : bool
             Whether the gradient with respect to the input is wanted; without it some work is saved.
+        grad_cells : array_like, optional
+            LSTM only: gradient of the loss with respect to every c of the last layer, of the shape
+            of y; zeros by default.
 
         Returns
         -------
@@ -453,8 +594,14 @@ class Recurrent(Part, Generic[StateT]):
             grad_y = as_array("grad_y", grad_y, self.dtype)
         if grad_state is not None and type(grad_state) is not ndarray:
             grad_state = self._as_state("grad_state", grad_state)
+        if grad_cells is not None and type(grad_cells) is not ndarray:
+            grad_cells = as_array("grad_cells", grad_cells, self.dtype)
         x, state, weights = self._stack.reverse(
-            tape, cast(Any, grad_y), cast(Any, grad_state), as_bool("need_x", need_x)
+            tape,
+            cast(Any, grad_y),
+            cast(Any, grad_state),
+            as_bool("need_x", need_x),
+            cast(Any, grad_cells),
         )
         # The core lists all kinds for each layer, None for one that is not there.
         found = (grad for grad in weights if grad is not None)
@@ -474,6 +621,10 @@ class Recurrent(Part, Generic[StateT]):
             shown.append("bidirectional=True")
         if self.learn_initial_state:
             shown.append("learn_initial_state=True")
+        if self.recurrent_dropout:
+            shown.append(f"recurrent_dropout={self.recurrent_dropout}")
+        if self.zoneout:
+            shown.append(f"zoneout={self.zoneout}")
         if self.dtype != np.float32:
             shown.append(f"dtype={self.dtype.name!r}")
         return shown
@@ -508,15 +659,24 @@ class RNN(Recurrent[Array]):
     learn_initial_state : bool
         Whether the state to start from, where none is given, is learned (Forcada & Carrasco 1995):
         parameters `h0_l0` `[H]` of each layer and direction, zeros at first.
+    recurrent_dropout : float
+        The part p of h_{t-1}, from 0 to 1, that training drops before every product with W_hh:
+        `W_hh (m * h_{t-1} / (1 - p))`, with one m of ones and zeros for all of time, drawn anew
+        for each row and layer (Gal & Ghahramani 2016).
+    zoneout : float
+        The probability k that a unit keeps its value for a step of training:
+        `h_t = d * h_{t-1} + (1 - d) * h~_t`, d one with probability k and else zero, h~ what the
+        layer computes (Krueger et al. 2017). Without training d is k, the expectation.
     seed : int, optional
-        Of the initial parameters, and of what is dropped; a new one each time by default.
+        Of the initial parameters, and of what training draws; a new one each time by default.
     init : {"uniform", "orthogonal"}
         PyTorch's default, or orthogonal recurrent matrices (Saxe et al. 2014).
 
     Raises
     ------
     ValueError
-        A size is not positive, sizes overflow, a choice is unknown, or `dropout` is out of range.
+        A size is not positive, sizes overflow, a choice is unknown, or a probability is out of
+        range.
     TypeError
         A size is no integer, or a switch no bool.
     MemoryError
@@ -551,6 +711,8 @@ class RNN(Recurrent[Array]):
         dropout: float = 0.0,
         bidirectional: bool = False,
         learn_initial_state: bool = False,
+        recurrent_dropout: float = 0.0,
+        zoneout: float = 0.0,
         seed: Any = None,
         init: str = "uniform",
     ) -> None:
@@ -565,6 +727,8 @@ class RNN(Recurrent[Array]):
             dropout=dropout,
             bidirectional=bidirectional,
             learn_initial_state=learn_initial_state,
+            recurrent_dropout=recurrent_dropout,
+            zoneout=zoneout,
         )
         self._initialise(init, seed)
 
@@ -616,8 +780,24 @@ class LSTM(Recurrent[tuple[Array, Array]]):
     learn_initial_state : bool
         Whether the state to start from, where none is given, is learned (Forcada & Carrasco 1995):
         parameters `h0_l0`, `c0_l0` `[H]` of each layer and direction, zeros at first.
+    recurrent_dropout : float
+        The part p of h_{t-1}, from 0 to 1, that training drops before every product with W_hh:
+        `W_hh (m * h_{t-1} / (1 - p))`, with one m of ones and zeros for all of time, drawn anew
+        for each row and layer (Gal & Ghahramani 2016).
+    zoneout : float or pair of float
+        The probability k that a unit keeps its value for a step of training:
+        `h_t = d * h_{t-1} + (1 - d) * h~_t`, d one with probability k and else zero, h~ what the
+        layer computes, and the same for c with draws of its own (Krueger et al. 2017). A pair is
+        that of h and that of c. Without training d is k, the expectation.
+    peephole : bool
+        Whether the gates see the cell through diagonal weights (Gers & Schmidhuber 2000):
+        `i = s(a + u + p_i * c_{t-1})`, `f = s(a + u + p_f * c_{t-1})`, `o = s(a + u + p_o * c_t)`,
+        with a parameter `weight_peephole_l0` `[3H]` of p_i, p_f, p_o; `[2H]` of p_f, p_o if
+        coupled. In zoneout c_t is the one that is computed.
+    coupled : bool
+        Whether `i = 1 - f`, so that the gates are f, g, o (CIFG in Greff et al. 2017).
     seed : int, optional
-        Of the initial parameters, and of what is dropped; a new one each time by default.
+        Of the initial parameters, and of what training draws; a new one each time by default.
     init : {"uniform", "orthogonal"}
         PyTorch's default, or orthogonal recurrent matrices (Saxe et al. 2014).
     forget_bias : float, optional
@@ -630,8 +810,8 @@ class LSTM(Recurrent[tuple[Array, Array]]):
     Raises
     ------
     ValueError
-        A size is not positive, sizes overflow, a choice is unknown, `dropout` is out of range, or
-        `forget_bias` or `chrono` has no bias to set, or both are given.
+        A size is not positive, sizes overflow, a choice is unknown, a probability is out of range,
+        or `forget_bias` or `chrono` has no bias to set, or both are given.
     TypeError
         A size is no integer, or a switch no bool.
     MemoryError
@@ -650,9 +830,8 @@ class LSTM(Recurrent[tuple[Array, Array]]):
     """
 
     kind = "LSTM"
-    _gates = 4
     _has_cells = True
-    _configure = Recurrent._set_sizes
+    coupled: bool
 
     def __init__(
         self,
@@ -666,6 +845,10 @@ class LSTM(Recurrent[tuple[Array, Array]]):
         dropout: float = 0.0,
         bidirectional: bool = False,
         learn_initial_state: bool = False,
+        recurrent_dropout: float = 0.0,
+        zoneout: float | tuple[float, float] = 0.0,
+        peephole: bool = False,
+        coupled: bool = False,
         seed: Any = None,
         init: str = "uniform",
         forget_bias: float | None = None,
@@ -681,11 +864,28 @@ class LSTM(Recurrent[tuple[Array, Array]]):
             dropout=dropout,
             bidirectional=bidirectional,
             learn_initial_state=learn_initial_state,
+            recurrent_dropout=recurrent_dropout,
+            zoneout=zoneout,
+            peephole=peephole,
+            coupled=coupled,
         )
         self._initialise(init, seed, forget_bias=forget_bias, chrono=chrono)
 
+    def _configure(self, *, peephole: bool = False, coupled: bool = False, **settings: Any) -> None:
+        self.peephole = as_bool("peephole", peephole)
+        self.coupled = as_bool("coupled", coupled)
+        self._gates, self._keep_gate = (3, 0) if self.coupled else (4, 1)
+        self._set_sizes(**settings)
+
+    def _settings(self) -> dict[str, Any]:
+        return {**super()._settings(), "peephole": self.peephole, "coupled": self.coupled}
+
     def _cell(self) -> str:
-        return "lstm"
+        return "lstm_coupled" if self.coupled else "lstm"
+
+    def _arguments(self) -> list[str]:
+        more = [f"{name}=True" for name in ("peephole", "coupled") if getattr(self, name)]
+        return super()._arguments() + more
 
     def _as_state(self, name: str, state: Any) -> Any:
         if (type(state) is tuple or type(state) is list) and len(state) == 2:
@@ -730,8 +930,16 @@ class GRU(Recurrent[Array]):
     learn_initial_state : bool
         Whether the state to start from, where none is given, is learned (Forcada & Carrasco 1995):
         parameters `h0_l0` `[H]` of each layer and direction, zeros at first.
+    recurrent_dropout : float
+        The part p of h_{t-1}, from 0 to 1, that training drops before every product with W_hh:
+        `W_hh (m * h_{t-1} / (1 - p))`, with one m of ones and zeros for all of time, drawn anew
+        for each row and layer (Gal & Ghahramani 2016).
+    zoneout : float
+        The probability k that a unit keeps its value for a step of training:
+        `h_t = d * h_{t-1} + (1 - d) * h~_t`, d one with probability k and else zero, h~ what the
+        layer computes (Krueger et al. 2017). Without training d is k, the expectation.
     seed : int, optional
-        Of the initial parameters, and of what is dropped; a new one each time by default.
+        Of the initial parameters, and of what training draws; a new one each time by default.
     init : {"uniform", "orthogonal"}
         PyTorch's default, or orthogonal recurrent matrices (Saxe et al. 2014).
     chrono : float, optional
@@ -741,8 +949,8 @@ class GRU(Recurrent[Array]):
     Raises
     ------
     ValueError
-        A size is not positive, sizes overflow, a choice is unknown, `dropout` is out of range, or
-        `chrono` has no bias to set.
+        A size is not positive, sizes overflow, a choice is unknown, a probability is out of range,
+        or `chrono` has no bias to set.
     TypeError
         A size is no integer, or a switch no bool.
     MemoryError
@@ -777,6 +985,8 @@ class GRU(Recurrent[Array]):
         dropout: float = 0.0,
         bidirectional: bool = False,
         learn_initial_state: bool = False,
+        recurrent_dropout: float = 0.0,
+        zoneout: float = 0.0,
         seed: Any = None,
         init: str = "uniform",
         chrono: float | None = None,
@@ -792,6 +1002,8 @@ class GRU(Recurrent[Array]):
             dropout=dropout,
             bidirectional=bidirectional,
             learn_initial_state=learn_initial_state,
+            recurrent_dropout=recurrent_dropout,
+            zoneout=zoneout,
         )
         self._initialise(init, seed, chrono=chrono)
 
