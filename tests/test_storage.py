@@ -454,7 +454,7 @@ class TestBadFiles:
             set_in("model", "parts", 1, "hidden_size", value=2**70),
             set_in("model", "parts", 1, "num_layers", value=2**40),
             set_in("model", "parts", 1, "num_layers", value=10**6),
-            set_in("model", "parts", 1, "zoneout", value=0.1),
+            set_in("model", "parts", 1, "attention", value=0.1),
             lambda header: header["model"]["parts"][1].pop("dtype"),
         ],
     )

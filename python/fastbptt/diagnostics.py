@@ -355,6 +355,7 @@ def gradient_flow(
         raise ValueError(
             f"model: got {layer!r}, whose gradient flows both ways; wanted one direction"
         )
+    layer._refuse_options("model", "gradient_flow")
     below = source.vectors(0, n)
     if state is None:
         state = layer._start(source.B)
@@ -428,7 +429,7 @@ class _Walk:
         self._cell = layer._cell()
         _, B, inputs = x.shape
         sizes = (inputs, layer.hidden_size, 1, False, layer.dtype.name)
-        stack = _core.Stack(self._cell, *sizes, [*self._parameters, None, None], {})
+        stack = _core.Stack(self._cell, *sizes, [*self._parameters, None, None, None], {})
         self._session = stack.session(len(x), B, 1)
         self._needs_x = number > 0
         self._x, self._initial = x, state

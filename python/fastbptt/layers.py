@@ -250,6 +250,21 @@ class Recurrent(Part, Generic[StateT]):
             "zoneout_c": pair[1] if self._has_cells else 0.0,
         }
 
+    def _refuse_options(self, name: str, who: str) -> None:
+        """Raise if the layer's steps are more than its cell, for one that knows only the cells."""
+        options = ("recurrent_dropout", "zoneout", "peephole", "coupled")
+        given = [f"{o}={value}" for o in options if (value := getattr(self, o, False))]
+        if given:
+            raise ValueError(f"{name}: got {self!r}, but {who} knows no {', '.join(given)}")
+
+    def _flags(self, T: int, B: int, resets: Any, mask: Any) -> dict[str, Array]:
+        """Return those that there are of resets and mask, `[T, B]`, by name."""
+        return {
+            name: as_flags(name, flags, T, B, self.batch_first)
+            for name, flags in (("resets", resets), ("mask", mask))
+            if flags is not None
+        }
+
     def _batch(
         self,
         x: Array,
@@ -265,9 +280,7 @@ class Recurrent(Part, Generic[StateT]):
             T, B = x.shape[1::-1] if self.batch_first else x.shape[:2]
             if lengths is not None:
                 batch["lengths"] = as_lengths(lengths, T, B)
-            for name, flags in (("resets", resets), ("mask", mask)):
-                if flags is not None:
-                    batch[name] = as_flags(name, flags, T, B, self.batch_first)
+            batch |= self._flags(T, B, resets, mask)
         if as_bool("return_cells", cells):
             if not self._has_cells:
                 raise ValueError(

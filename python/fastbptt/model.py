@@ -105,6 +105,8 @@ class Model:
         state: ArrayLike | None = None,
         *,
         lengths: ArrayLike | None = None,
+        resets: ArrayLike | None = None,
+        mask: ArrayLike | None = None,
     ) -> tuple[Array, Any]:
         """Run through time, keeping nothing for a gradient. Nothing is dropped.
 
@@ -119,6 +121,9 @@ class Model:
         lengths : array_like of int, optional
             How many steps each row has, `[B]`, in any order, each from 0 to T; all T by default.
             Behind them the output is zero, and the state is the one at the length.
+        resets, mask : array_like of bool, optional
+            Before which steps a row's state begins anew, and which steps there are, as the call of
+            the recurrent layer takes them.
 
         Returns
         -------
@@ -147,7 +152,7 @@ class Model:
         """
         if self.embedding is not None:
             x = self.embedding._rows(self._index(x))
-        y, last = self.recurrent(x, state, lengths=lengths)
+        y, last = self.recurrent(x, state, lengths=lengths, resets=resets, mask=mask)
         if self.readout is None:
             return y, last
         output = self.readout(y)

@@ -173,9 +173,10 @@ class _Run:
         steps = (segments[0].t0 - segments[0].begin, segments[0].t1 - segments[0].t0)
         layer = self._model.recurrent
         B = len(segments) * self._source.B
-        session = layer._stack.session(sum(steps), B, max(steps), self._batch)
+        batch = self._batch_of(warm_up, own)
+        session = layer._stack.session(sum(steps), B, max(steps), batch)
         if "seed" in self._batch:  # batches draw apart from each other
-            self._batch = {"seed": (self._batch["seed"] + 1) % (1 << 64)}
+            self._batch = {**self._batch, "seed": (self._batch["seed"] + 1) % (1 << 64)}
         early: _core.Tape | None = None
         if steps[0]:
             _, state, early = session.record(self._vectors(warm_up), state, 0)
@@ -190,6 +191,20 @@ class _Run:
         recurrent = self._grads[self._model.parts.index(layer)]
         for total, grad in zip(recurrent.values(), sums, strict=True):
             total += grad
+
+    def _batch_of(self, warm_up: Sequence[slice], own: Sequence[slice]) -> dict[str, Any]:
+        """Return what is known of the batch beside x, laid out as its rows are."""
+        found: dict[str, Any] = {}
+        for name, value in self._batch.items():
+            if isinstance(value, np.ndarray):
+
+                def take(begin: int, end: int, flags: Array = value) -> Array:
+                    return flags[begin:end]
+
+                found[name] = np.concatenate([beside(take, warm_up), beside(take, own)])
+            else:
+                found[name] = value
+        return found
 
     def _vectors(self, stretches: Sequence[slice]) -> Array:
         if self._model.embedding is not None:

@@ -59,6 +59,8 @@ def value_and_grad(
     grad_x: Array | None = None,
     *,
     lengths: ArrayLike | None = None,
+    resets: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
     seed: int | None = None,
 ) -> ValueAndGrad:
     """Return the loss of a sequence and its gradient by backpropagation through time.
@@ -99,6 +101,10 @@ def value_and_grad(
         How many steps each row has, `[B]`, in any order, each from 0 to T; all T by default. Steps
         behind them cost nothing and do not count in the loss; for a callable the outputs there are
         zero, and the gradient that it returns for them is not used.
+    resets, mask : array_like of bool, optional
+        `[T, B]`, with `batch_first` `[B, T]`: before which steps a row's state begins anew, and
+        which steps there are, as the call of the recurrent layer takes them. A step that is
+        missing has an output, and its target counts, unless it is `ignore_index`.
     seed : int, optional
         Of what training draws at random, where the layer does: the same seed draws the same, with
         every schedule but `Segmented`. By default a new one, which the layer's own seed decides.
@@ -136,7 +142,7 @@ def value_and_grad(
         raise TypeError(f"schedule: got {name}, wanted a schedule such as Full() or Truncated(k1)")
     _check_cuts(model, schedule, lengths)
     source = _Input(model, x)
-    batch = _batch_of(model, source, lengths, seed, training=True)
+    batch = _batch_of(model, source, lengths, resets, mask, seed, training=True)
     objective = make_objective(
         loss, model, target, source.T, source.B, ignore_index, batch.get("lengths")
     )
@@ -176,6 +182,8 @@ def each_window(
     ignore_index: int = -100,
     *,
     lengths: ArrayLike | None = None,
+    resets: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
     seed: int | None = None,
 ) -> Iterator[ValueAndGrad]:
     """Yield loss and gradient window by window, so that the parameters may change in between.
@@ -185,7 +193,7 @@ def each_window(
 
     Parameters
     ----------
-    model, x, target, loss, state, ignore_index, lengths, seed
+    model, x, target, loss, state, ignore_index, lengths, resets, mask, seed
         As for `value_and_grad`.
     schedule : Truncated
         Its windows.
@@ -219,7 +227,7 @@ def each_window(
         raise TypeError(f"schedule: got {type(schedule).__name__}, wanted Truncated(k1, k2)")
     _check_cuts(model, schedule, lengths)
     source = _Input(model, x)
-    batch = _batch_of(model, source, lengths, seed, training=True)
+    batch = _batch_of(model, source, lengths, resets, mask, seed, training=True)
     objective = make_objective(
         loss, model, target, source.T, source.B, ignore_index, batch.get("lengths")
     )
@@ -288,6 +296,8 @@ def evaluate(
     ignore_index: int = -100,
     *,
     lengths: ArrayLike | None = None,
+    resets: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
 ) -> tuple[float, Any]:
     """Return the loss of a sequence, without its gradient. Nothing is dropped.
 
@@ -296,7 +306,7 @@ def evaluate(
 
     Parameters
     ----------
-    model, x, target, loss, state, ignore_index, lengths
+    model, x, target, loss, state, ignore_index, lengths, resets, mask
         As for `value_and_grad`; of what a callable `loss` returns, only the value is used.
 
     Returns
@@ -326,7 +336,7 @@ def evaluate(
     True
     """
     source = _Input(model, x)
-    batch = _batch_of(model, source, lengths)
+    batch = _batch_of(model, source, lengths, resets, mask)
     objective = make_objective(
         loss, model, target, source.T, source.B, ignore_index, batch.get("lengths")
     )
@@ -360,12 +370,19 @@ def _check_cuts(model: Model, schedule: Any, lengths: Any) -> None:
 
 
 def _batch_of(
-    model: Model, source: _Input, lengths: Any, seed: Any = None, training: bool = False
+    model: Model,
+    source: _Input,
+    lengths: Any = None,
+    resets: Any = None,
+    mask: Any = None,
+    seed: Any = None,
+    training: bool = False,
 ) -> dict[str, Any]:
     """Return what the core is to know of a batch beside its input."""
     batch: dict[str, Any] = {}
     if lengths is not None:
         batch["lengths"] = as_lengths(lengths, source.T, source.B)
+    batch |= model.recurrent._flags(source.T, source.B, resets, mask)
     drawn = model.recurrent._seed_of(seed) if training else None
     if drawn is not None:
         batch["seed"] = drawn
@@ -468,6 +485,8 @@ class _Run:
         T = source.T if begin == 0 else begin + longest
         if "lengths" in batch:
             batch = {**batch, "lengths": np.minimum(batch["lengths"], T)}
+        flags = {name: batch[name][:T] for name in ("resets", "mask") if name in batch}
+        batch = {**batch, **flags}
         self._session = model.recurrent._stack.session(T, source.B, longest, batch, begin)
         self._advanced_at_once = min(longest, max(1, _RUN_AT_ONCE // source.B))
         self._t = begin  # the present state is that before step _t
