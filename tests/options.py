@@ -1,8 +1,8 @@
-"""Stacks with the options that live between layers and around time, by the slow reference.
+"""Stacks with all options, by the slow reference.
 
 Each row is run alone through `fastbptt._reference`, one layer and direction at a time, over its own
-steps and no others; a direction that runs backward gets its steps in the opposite order. Dropout is
-a product with a mask that NumPy draws again from the formula.
+steps and no others; a direction that runs backward gets its steps in the opposite order. What is
+drawn at random NumPy draws again from the formula.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from random_numbers import DROPOUT, keeps
+from random_numbers import DROPOUT, RECURRENT_DROPOUT, ZONEOUT_C, ZONEOUT_H, keeps
 from reference import GATES, Results, Run, load_weights, make_layer, named_state
 
 Array = NDArray[Any]
@@ -24,7 +24,8 @@ class Problem:
     """A stack, its input, and the error of its results.
 
     x `[T, B, I]`, h and c `[L*D, B, H]` or None for the start that the stack has by itself, grad_y
-    `[T, B, D*H]`, grad_h and grad_c `[L*D, B, H]`; lengths `[B]` or None.
+    `[T, B, D*H]`, grad_h and grad_c `[L*D, B, H]`; lengths `[B]` or None; resets and mask `[T, B]`
+    or None; zoneout of h and of c; grad_cells as grad_y, or None.
     """
 
     cell: str
@@ -40,6 +41,16 @@ class Problem:
     grad_y: Array
     grad_h: Array
     grad_c: Array | None
+    resets: Array | None = None
+    mask: Array | None = None
+    recurrent_dropout: float = 0.0
+    zoneout: tuple[float, float] = (0.0, 0.0)
+    coupled: bool = False
+    grad_cells: Array | None = None
+
+    @property
+    def peephole(self) -> bool:
+        return "weight_peephole_l0" in self.weights
 
     @property
     def learned(self) -> bool:
@@ -59,7 +70,7 @@ class Problem:
         def cast(value: Array | None) -> Array | None:
             return None if value is None else value.astype(dtype)
 
-        names = ("x", "h", "c", "grad_y", "grad_h", "grad_c")
+        names = ("x", "h", "c", "grad_y", "grad_h", "grad_c", "grad_cells")
         return replace(
             self,
             weights={name: w.astype(dtype) for name, w in self.weights.items()},
@@ -86,13 +97,23 @@ def draw(
     with_state: bool = True,
     bias: bool = True,
     dtype: str = "float64",
+    resets: bool = False,
+    mask: bool = False,
+    recurrent_dropout: float = 0.0,
+    zoneout: tuple[float, float] = (0.0, 0.0),
+    peephole: bool = False,
+    coupled: bool = False,
+    cells: bool = False,
 ) -> Problem:
     T, B, size, H = sizes
 
     def normal(*shape: int) -> Array:
         return rng.standard_normal(shape).astype(dtype)
 
-    G, weights, bound = GATES[cell], {}, 1.0 / np.sqrt(H)
+    lstm = cell == "lstm"
+    G = 3 if coupled and lstm else GATES[cell]
+    weights: dict[str, Array] = {}
+    bound = 1.0 / np.sqrt(H)
     for layer in range(num_layers):
         for end in ("", "_reverse")[:directions]:
             shapes: dict[str, tuple[int, ...]] = {
@@ -103,19 +124,31 @@ def draw(
                 shapes |= {"bias_ih": (G * H,), "bias_hh": (G * H,)}
             if learned:
                 shapes |= {"h0": (H,)} | ({"c0": (H,)} if cell == "lstm" else {})
+            if peephole and lstm:
+                shapes["weight_peephole"] = ((G - 1) * H,)
             for kind, shape in shapes.items():
                 weights[f"{kind}_l{layer}{end}"] = rng.uniform(-bound, bound, shape).astype(dtype)
     states = [normal(num_layers * directions, B, H) for _ in range(4)]
     lengths = rng.integers(0, T + 1, B) if ragged else None
     if lengths is not None and rng.random() < 0.5:
         lengths[rng.integers(B)] = T
+    x = normal(T, B, size)
+    is_there = rng.random((T, B)) < 0.7
+    if mask:
+        x[~is_there] = np.nan
     return Problem(
         cell=cell,
         num_layers=num_layers,
         directions=directions,
         dropout=dropout,
         seed=int(rng.integers(1 << 63)),
-        x=normal(T, B, size),
+        x=x,
+        resets=rng.random((T, B)) < 0.3 if resets else None,
+        mask=is_there if mask else None,
+        recurrent_dropout=recurrent_dropout,
+        zoneout=(zoneout[0], zoneout[1] if lstm else 0.0),
+        coupled=coupled and lstm,
+        grad_cells=normal(T, B, directions * H) if cells and lstm else None,
         lengths=lengths,
         h=states[0] if with_state else None,
         c=states[1] if with_state and cell == "lstm" else None,
@@ -127,6 +160,11 @@ def draw(
 
 
 def layer_for(problem: Problem, **more: Any) -> Any:
+    if problem.cell == "lstm":
+        more |= {"peephole": problem.peephole, "coupled": problem.coupled}
+        more |= {"zoneout": problem.zoneout}
+    else:
+        more |= {"zoneout": problem.zoneout[0]}
     layer = make_layer(
         problem.cell,
         problem.x.shape[2],
@@ -135,6 +173,7 @@ def layer_for(problem: Problem, **more: Any) -> Any:
         bias="bias_ih_l0" in problem.weights,
         bidirectional=problem.directions == 2,
         dropout=problem.dropout,
+        recurrent_dropout=problem.recurrent_dropout,
         learn_initial_state=problem.learned,
         dtype=problem.x.dtype.name,
         **more,
@@ -145,11 +184,21 @@ def layer_for(problem: Problem, **more: Any) -> Any:
 
 def run_library(problem: Problem, layer: Any = None) -> Results:
     layer = layer_for(problem) if layer is None else layer
-    y, state, tape = layer.forward(
-        problem.x, problem.state(), lengths=problem.lengths, seed=problem.seed
+    with_cells = problem.grad_cells is not None
+    y, state, tape, *cells = layer.forward(
+        problem.x,
+        problem.state(),
+        lengths=problem.lengths,
+        resets=problem.resets,
+        mask=problem.mask,
+        return_cells=with_cells,
+        seed=problem.seed,
     )
-    grads = layer.backward(tape, problem.grad_y, problem.grad_state())
+    grads = layer.backward(
+        tape, problem.grad_y, problem.grad_state(), grad_cells=problem.grad_cells
+    )
     return {
+        **({"cells": cells[0]} if with_cells else {}),
         "y": y,
         **named_state("", state),
         "grad_x": grads.x,
@@ -174,6 +223,9 @@ def run_reference(run: Run, problem: Problem) -> Results:
     if lstm:
         results |= {"c": np.zeros((K, B, H)), "grad_c": np.zeros((K, B, H))}
 
+    if p.grad_cells is not None:
+        results["cells"] = np.zeros((T, B, D * H))
+
     def start(name: str, given: Array | None, k: int, b: int) -> Array:
         if given is not None:
             return given[k, b : b + 1]
@@ -183,12 +235,41 @@ def run_reference(run: Run, problem: Problem) -> Results:
     for b in range(B):
         n = T if p.lengths is None else int(p.lengths[b])
 
-        def run_one(k: int, x: Array, grad_y: Array | None, b: int = b) -> Any:
+        def drawn(draw: int, k: int, rate: float, steps: range, b: int = b) -> Array:
+            return keeps(p.seed, draw, k, rate, steps, [b], H)
+
+        def inside(k: int, n: int = n, b: int = b) -> dict[str, Any]:
+            """What the steps of one layer and direction are besides its cell."""
+            order = slice(None, None, -1 if k % D else 1)
+            found: dict[str, Any] = {"peephole": p.weights.get(f"weight_peephole{p.suffixes()[k]}")}
+            if p.resets is not None:
+                marks = p.resets[:n, b : b + 1]
+                if k % D:
+                    marks = np.concatenate([marks[1:], np.zeros((min(n, 1), 1), bool)])
+                found["resets"] = np.ascontiguousarray(marks[order])
+                for name in ("h", "c") if lstm else ("h",):
+                    found[f"restart_{name}"] = p.weights.get(f"{name}0{p.suffixes()[k]}")
+            if p.mask is not None:
+                found["mask"] = np.ascontiguousarray(p.mask[:n, b : b + 1][order])
+            if p.recurrent_dropout > 0.0:
+                rate = p.recurrent_dropout
+                found["recurrent_mask"] = drawn(RECURRENT_DROPOUT, k, rate, range(1))[0] / (
+                    1 - rate
+                )
+            for name, draw, rate in zip("hc", (ZONEOUT_H, ZONEOUT_C), p.zoneout, strict=True):
+                if rate > 0.0:
+                    kept = drawn(draw, k, 1 - rate, range(n)).astype(float)
+                    found[f"keep_{name}"] = np.ascontiguousarray(kept[order])
+            return found
+
+        def run_one(
+            k: int, x: Array, grad_y: Array | None, grad_cells: Array | None = None, b: int = b
+        ) -> Any:
             names = (f"{kind}{p.suffixes()[k]}" for kind in ("weight_ih", "weight_hh"))
             biases = (f"{kind}{p.suffixes()[k]}" for kind in ("bias_ih", "bias_hh"))
             order = slice(None, None, -1 if k % D else 1)
             part = run(
-                p.cell,
+                "lstm_coupled" if p.coupled else p.cell,
                 np.ascontiguousarray(x[order]),
                 np.ascontiguousarray(start("h0", p.h, k, b)),
                 np.ascontiguousarray(start("c0", p.c, k, b)) if lstm else None,
@@ -199,8 +280,11 @@ def run_reference(run: Run, problem: Problem) -> Results:
                 None
                 if grad_y is None or not lstm
                 else np.ascontiguousarray(p.grad_c[k, b : b + 1]),
+                grad_cells=None if grad_cells is None else np.ascontiguousarray(grad_cells[order]),
+                **inside(k),
             )
-            return {**part, "y": part["y"][order], "grad_x": part["grad_x"][order]}
+            turned = ("y", "grad_x", "cells") if lstm else ("y", "grad_x")
+            return {**part, **{name: part[name][order] for name in turned}}
 
         masks = []
         for layer in range(p.num_layers - 1):
@@ -209,8 +293,10 @@ def run_reference(run: Run, problem: Problem) -> Results:
             masks.append(kept * scale if p.dropout > 0.0 else np.ones((n, 1, D * H)))
         inputs = [p.x[:n, b : b + 1]]
         for layer in range(p.num_layers):
-            ys = [run_one(layer * D + d, inputs[-1], None)["y"] for d in range(D)]
-            y = np.concatenate(ys, -1)
+            runs = [run_one(layer * D + d, inputs[-1], None) for d in range(D)]
+            y = np.concatenate([part["y"] for part in runs], -1)
+            if layer == p.num_layers - 1 and p.grad_cells is not None:
+                results["cells"][:n, b] = np.concatenate([part["cells"] for part in runs], -1)[:, 0]
             inputs.append(y * masks[layer] if layer < p.num_layers - 1 else y)
         results["y"][:n, b] = inputs[-1][:, 0]
         grad = p.grad_y[:n, b : b + 1]
@@ -220,18 +306,25 @@ def run_reference(run: Run, problem: Problem) -> Results:
             below = 0.0
             for d in range(D):
                 k = layer * D + d
-                part = run_one(k, inputs[layer], grad[..., d * H : (d + 1) * H])
+                columns = slice(d * H, (d + 1) * H)
+                grad_cells = None
+                if layer == p.num_layers - 1 and p.grad_cells is not None:
+                    grad_cells = p.grad_cells[:n, b : b + 1, columns]
+                part = run_one(k, inputs[layer], grad[..., columns], grad_cells)
                 below = below + part["grad_x"]
                 for ours, theirs in (("h", "h"), ("c", "c")) if lstm else (("h", "h"),):
                     results[ours][k, b] = part[theirs][0]
                     results[f"grad_{ours}"][k, b] = part[f"grad_{theirs}0"][0]
                     if p.learned and p.h is None:
                         results[f"grad_{ours}0{p.suffixes()[k]}"] += part[f"grad_{theirs}0"][0]
+                    if p.learned:
+                        results[f"grad_{ours}0{p.suffixes()[k]}"] += part[f"grad_restart_{ours}"]
                 for name, short in {
                     "weight_ih": "w_ih",
                     "weight_hh": "w_hh",
                     "bias_ih": "b_ih",
                     "bias_hh": "b_hh",
+                    "weight_peephole": "peephole",
                 }.items():
                     if f"{name}{p.suffixes()[k]}" in p.weights:
                         results[f"grad_{name}{p.suffixes()[k]}"] += part[f"grad_{short}"]

@@ -1,4 +1,4 @@
-"""Directions, lengths, dropout between layers and learned initial states, against the reference."""
+"""All options of a layer, alone and together, against the reference."""
 
 from __future__ import annotations
 
@@ -17,6 +17,19 @@ _reference = pytest.importorskip(
 )
 
 
+def draw_inside(rng):
+    """Options that live inside a step."""
+    return {
+        "resets": bool(rng.random() < 0.4),
+        "mask": bool(rng.random() < 0.4),
+        "recurrent_dropout": float(rng.choice([0.0, 0.0, 0.4])),
+        "zoneout": (float(rng.choice([0.0, 0.2])), float(rng.choice([0.0, 0.5]))),
+        "peephole": bool(rng.random() < 0.4),
+        "coupled": bool(rng.random() < 0.4),
+        "cells": bool(rng.random() < 0.4),
+    }
+
+
 def draw_any(rng, cell, dtype="float64", **fixed):
     """A problem with any of the options; no kink of a relu is near where only smooth ones are."""
     chosen = {
@@ -28,6 +41,7 @@ def draw_any(rng, cell, dtype="float64", **fixed):
         "with_state": bool(rng.random() < 0.6),
         "bias": bool(rng.random() < 0.8),
         "dtype": dtype,
+        **(draw_inside(rng) if rng.random() < 0.7 else {}),
     }
     sizes = (
         int(rng.choice([1, 2, 5, 12, 40])),

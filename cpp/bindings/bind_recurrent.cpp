@@ -53,8 +53,14 @@ struct BatchOptions {
     const auto flags = [&](const std::optional<py::array>& array) {
       return array ? data<bool>(*array) + begin * B : nullptr;
     };
-    return {T,     B,           lengths ? lengths->data() : nullptr, false, seed ? &*seed : nullptr,
-            begin, flags(resets), flags(mask)};
+    return {T,
+            B,
+            lengths ? lengths->data() : nullptr,
+            false,
+            seed ? &*seed : nullptr,
+            begin,
+            flags(resets),
+            flags(mask)};
   }
 
  private:
@@ -276,7 +282,7 @@ class Stack {
     py::object cells;  // or None
     py::object final_state;
     Forward<S> run;
-    py::object output() const { return cells.is_none() ? y : py::make_tuple(y, cells); }
+    py::object output() const { return cells.is_none() ? py::object(y) : py::make_tuple(y, cells); }
   };
 
   template <class S>
@@ -376,8 +382,8 @@ class Stack {
         throw py::value_error("grad_cells: got an array for a layer without cells, wanted None");
       }
       const Index F = shape_.directions * shape_.hidden_size;
-      d_cells = SequenceArray<S>(checked<S>("grad_cells", grad_cells, {first, second, F}),
-                                 batch_first);
+      d_cells =
+          SequenceArray<S>(checked<S>("grad_cells", grad_cells, {first, second, F}), batch_first);
     }
     const StateArrays<S> final = checked_state<S>("grad_state", grad_state, B);
 
@@ -404,8 +410,8 @@ class Stack {
                            {},
                            tape.begin,
                            {}};
-      const Reverse<S> grad{tape.steps.data(), dy.view(), final.view, dx, initial,
-                            nullptr,           d_cells.view()};
+      const Reverse<S> grad{tape.steps.data(), dy.view(), final.view,    dx,
+                            initial,           nullptr,   d_cells.view()};
       without_gil([&](Interrupt interrupt) { session.reverse(run, grad, interrupt); });
     } catch (...) {
       tape.consumed = false;  // nothing of the tape was changed: it may be used again
@@ -513,7 +519,8 @@ class SessionOf : public Session {
                     bool need_x) override {
     TapeOf<S>& tape = stack_.own<S>(handle);
     check(tape.T, tape.B, "tape");
-    auto [x, state] = stack_.reverse_in<S>(*session_, tape, grad_y, py::none(), grad_state, need_x, false);
+    auto [x, state] =
+        stack_.reverse_in<S>(*session_, tape, grad_y, py::none(), grad_state, need_x, false);
     return py::make_tuple(std::move(x), std::move(state));
   }
   py::list finish() override { return stack_.weight_gradients<S>(*session_); }

@@ -355,7 +355,12 @@ def gradient_flow(
         raise ValueError(
             f"model: got {layer!r}, whose gradient flows both ways; wanted one direction"
         )
-    layer._refuse_options("model", "gradient_flow")
+    for option in ("recurrent_dropout", "zoneout", "peephole", "coupled"):
+        if getattr(layer, option, False):
+            raise ValueError(
+                f"model: got {layer!r}, but the flow is that of the cells alone; "
+                f"wanted a layer without {option}"
+            )
     below = source.vectors(0, n)
     if state is None:
         state = layer._start(source.B)

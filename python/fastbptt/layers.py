@@ -118,7 +118,8 @@ class Recurrent(Part, Generic[StateT]):
         if not self._has_cells or len(value) != 2:
             wanted = "a number or a pair (h, c)" if self._has_cells else "a number"
             raise ValueError(f"zoneout: got {value!r}, wanted {wanted}")
-        return as_probability("zoneout[0]", value[0]), as_probability("zoneout[1]", value[1])
+        h, c = as_probability("zoneout[0]", value[0]), as_probability("zoneout[1]", value[1])
+        return h if h == c else (h, c)
 
     def _initialise(
         self,
@@ -163,7 +164,7 @@ class Recurrent(Part, Generic[StateT]):
     def _random(self) -> bool:
         """Whether training draws random numbers."""
         between = self.dropout > 0.0 and self.num_layers > 1
-        return between or self.recurrent_dropout > 0.0 or self.zoneout not in (0.0, (0.0, 0.0))
+        return between or self.recurrent_dropout > 0.0 or self.zoneout != 0.0
 
     def _seed_of(self, seed: Any) -> int | None:
         """Return the seed of a training run: the one given, or a new draw; None if none is used."""
@@ -249,13 +250,6 @@ class Recurrent(Part, Generic[StateT]):
             "zoneout_h": pair[0],
             "zoneout_c": pair[1] if self._has_cells else 0.0,
         }
-
-    def _refuse_options(self, name: str, who: str) -> None:
-        """Raise if the layer's steps are more than its cell, for one that knows only the cells."""
-        options = ("recurrent_dropout", "zoneout", "peephole", "coupled")
-        given = [f"{o}={value}" for o in options if (value := getattr(self, o, False))]
-        if given:
-            raise ValueError(f"{name}: got {self!r}, but {who} knows no {', '.join(given)}")
 
     def _flags(self, T: int, B: int, resets: Any, mask: Any) -> dict[str, Array]:
         """Return those that there are of resets and mask, `[T, B]`, by name."""

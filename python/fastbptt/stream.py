@@ -116,7 +116,6 @@ class Stream:
                 f"loss: got {type(loss).__name__}, wanted 'cross_entropy', 'mse' or a callable"
             )
         check_rule(rule, model)
-        model.recurrent._refuse_options("model", "a stream")
         self.model = model
         self.loss = loss
         self.rule = rule

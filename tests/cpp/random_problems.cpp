@@ -347,7 +347,8 @@ class StackProblem {
     if (o_.seeded && drop > 0) {
       Vector mask;
       for (Index b = 0; b < o_.B; ++b) {
-        append(mask, drawn(Draw::recurrent_dropout, 1 - drop, S(drop < 1 ? 1 / (1 - drop) : 0), 0, b));
+        append(mask,
+               drawn(Draw::recurrent_dropout, 1 - drop, S(drop < 1 ? 1 / (1 - drop) : 0), 0, b));
       }
       p.recurrent_mask = keep(mask);
     }
@@ -387,8 +388,8 @@ class StackProblem {
       append(want.c, r.c);
       append(want.grad_h, r.grad_h0);
       append(want.grad_c, r.grad_c0);
-      for (const Vector* grad : {&r.grad_w_ih, &r.grad_w_hh, &r.grad_b_ih, &r.grad_b_hh,
-                                 &r.grad_peephole}) {
+      for (const Vector* grad :
+           {&r.grad_w_ih, &r.grad_w_hh, &r.grad_b_ih, &r.grad_b_hh, &r.grad_peephole}) {
         want.grads.push_back(*grad);
       }
     }

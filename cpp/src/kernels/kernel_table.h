@@ -29,7 +29,8 @@ struct Zoneout {
   double c = 0;
   const std::uint64_t* seed = nullptr;  // null: the expectation
   Index layer = 0;
-  Index step = 0;  // of the whole sequence, of the run's step 0, and from one of its steps to the next
+  Index step =
+      0;  // of the whole sequence, of the run's step 0, and from one of its steps to the next
   Index step_by = 1;
   const Index* rows = nullptr;  // of the batch as the caller ordered it, of each of the run's
 };

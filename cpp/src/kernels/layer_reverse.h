@@ -391,7 +391,8 @@ class ReverseLayer {
     for (Index end = job_.steps; end > 0; end -= most) {
       const Index begin = end > most ? end - most : 0;
       bias_gradient(j, begin * B, end * B);
-      const Sequence<const S> x = options_.mask.data ? Sequence<const S>{inputs_, B * I, I} : job_.x;
+      const Sequence<const S> x =
+          options_.mask.data ? Sequence<const S>{inputs_, B * I, I} : job_.x;
       outer(x_range<Cell>, j, x, begin, end, 0, I, panels_.x(job_.scratch, j));
       // Step t meets y of the step before; the first of all meets the initial state.
       const Index from = begin == 0 && job_.first ? 1 : begin;

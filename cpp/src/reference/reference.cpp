@@ -114,7 +114,8 @@ class Around {
   }
 
   // The way back. begin_back gives dL/dh~ and dL/dc~, or false where the step is missing; end_back
-  // takes what of h' and c' the cell gives back: dL/dh' apart from the products, dL/d(m h'), dL/dc'.
+  // takes what of h' and c' the cell gives back: dL/dh' apart from the products, dL/d(m h'),
+  // dL/dc'.
   bool begin_back(std::size_t row, Vector& dh, Vector& dc) {
     const std::size_t b = row % p_.B;
     past_h_.assign(p_.H, 0.0);
@@ -264,8 +265,8 @@ Result lstm(const Problem& p) {
       const double before = around.c_prev[k], tanh_c = std::tanh(c[k]);
       ds[at_o + j] = dh[j] * tanh_c * o[k] * (1.0 - o[k]);
       out.grad_peephole[peep_o + j] += ds[at_o + j] * c[k];
-      const double d = dc[j] + dh[j] * o[k] * (1.0 - tanh_c * tanh_c) +
-                       ds[at_o + j] * peephole(peep_o + j);
+      const double d =
+          dc[j] + dh[j] * o[k] * (1.0 - tanh_c * tanh_c) + ds[at_o + j] * peephole(peep_o + j);
       ds[at_g + j] = d * i[k] * (1.0 - g[k] * g[k]);
       ds[at_f + j] = d * (coupled ? before - g[k] : before) * f[k] * (1.0 - f[k]);
       out.grad_peephole[at_f + j] += ds[at_f + j] * before;

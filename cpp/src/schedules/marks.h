@@ -1,5 +1,5 @@
-// What is known of each step of each row beside x: whether the row begins anew before it, and whether
-// it is there. Kept in the order in which the threads share out the rows.
+// What is known of each step of each row beside x: whether the row begins anew before it, and
+// whether it is there. Kept in the order in which the threads share out the rows.
 #pragma once
 #include <array>
 #include <utility>
@@ -18,8 +18,11 @@ class Marks {
       Flags flags;
       if (!given) return flags;
       flags.resize(T * B);
-      for (Index t = 0; t < T - later; ++t) {
-        for (Index i = 0; i < B; ++i) flags[t * B + i] = given[(t + later) * B + rows[i]];
+      for (Index i = 0; i < B; ++i) {
+        const Index length = batch.lengths ? batch.lengths[rows[i]] - begin : T;
+        for (Index t = 0; t + later < length; ++t) {
+          flags[t * B + i] = given[(t + later) * B + rows[i]];
+        }
       }
       return flags;
     };

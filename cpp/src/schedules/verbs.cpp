@@ -235,8 +235,8 @@ struct ReverseMemory {
   std::vector<Index> y;  // with the step before the chunk
   std::vector<Index> grad_y;
   std::vector<Index> grad_cells;
-  std::vector<Index> grad_x;  // a chunk that is still to be added, or put where its rows belong
-  std::vector<Index> start;   // the state that a block begins with
+  std::vector<Index> grad_x;   // a chunk that is still to be added, or put where its rows belong
+  std::vector<Index> start;    // the state that a block begins with
   std::vector<Index> restart;  // what resets give back to the learned states, by part
 };
 
@@ -623,8 +623,12 @@ struct Session<S>::Data {
       options.recurrent_mask = &recurrent_masks[(k * B + w.part.begin) * shape.output_size()];
     }
     const LayerOptions& o = shape.options;
-    options.zoneout = {o.zoneout_h, o.zoneout_c, seeded ? &seed : nullptr,
-                       k,           d == 0 ? c.t0 : c.t1 - 1, d == 0 ? 1 : -1,
+    options.zoneout = {o.zoneout_h,
+                       o.zoneout_c,
+                       seeded ? &seed : nullptr,
+                       k,
+                       d == 0 ? c.t0 : c.t1 - 1,
+                       d == 0 ? 1 : -1,
                        &marks.rows[w.part.begin]};
     return options;
   }
