@@ -485,8 +485,9 @@ class _Run:
         T = source.T if begin == 0 else begin + longest
         if "lengths" in batch:
             batch = {**batch, "lengths": np.minimum(batch["lengths"], T)}
-        flags = {name: batch[name][:T] for name in ("resets", "mask") if name in batch}
-        batch = {**batch, **flags}
+        for name in ("resets", "mask"):
+            if name in batch:
+                batch = {**batch, name: batch[name][:T]}
         self._session = model.recurrent._stack.session(T, source.B, longest, batch, begin)
         self._advanced_at_once = min(longest, max(1, _RUN_AT_ONCE // source.B))
         self._t = begin  # the present state is that before step _t
