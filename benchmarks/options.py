@@ -1,44 +1,80 @@
-"""What the options of a layer cost: a training step with each, over the plain layer's.
+"""What the options of a layer cost: a training step with each, over one of the plain layer.
 
-    python benchmarks/options.py
-    python benchmarks/options.py --cells lstm gru --options zoneout mask --seconds 20
+`python benchmarks/options.py` runs the layer with an option and the plain one in turn, forward and
+all gradients, in float32, and prints the ratio of the medians for each cell; the time of an option
+that does more of the plain layer's work, or less, is divided by how much. Before it is timed, its
+float32 results are compared with those of a float64 layer of the same parameters.
 
-A step is forward and then all gradients, on one thread, in float32. Plain layer and layers with
-options run in turn, so that the drift of a shared machine falls on all alike; the medians are
-compared.
+    python benchmarks/options.py --options lengths mask --cells lstm --rounds 20
+    python benchmarks/options.py --sizes 256,64,128,256
+
+A new option is a line in OPTIONS.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from statistics import median
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 import fastbptt as fb
 
+Array = NDArray[Any]
 CELLS = ("rnn", "lstm", "gru", "gru_reset_before")
-PROBLEMS = ((1000, 16, 64, 256), (256, 64, 128, 256))  # T, B, I, H
-MOST = 1.25
+SHORTEST, LONGEST = 50, 500
+TOLERANCE = 1e-3
+_SHORT = 0.02  # s: a turn runs again and again until it has taken this long
 
 
-class Option(NamedTuple):
-    """What the layer is made with, and what a step of it is called with."""
+@dataclass(frozen=True)
+class Option:
+    """A layer with an option, what its calls get, and the work beside the plain layer's.
 
-    layer: Mapping[str, Any] = MappingProxyType({})
-    marks: tuple[str, ...] = ()
+    Parameters
+    ----------
+    settings, plain : dict
+        Of the layer with the option, and of the plain one.
+    given : callable
+        Returns what `forward` gets beside x, for a generator, T and B.
+    work : float
+        How many times the plain layer's steps are run.
+    steps : int, optional
+        The T of its input, if that is not the plain layer's; only its `lengths` count as work.
+    cells : tuple of str
+        Those that have the option.
+    """
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    plain: dict[str, Any] = field(default_factory=dict)
+    given: Callable[[np.random.Generator, int, int], dict[str, Any]] = lambda rng, T, B: {}
+    work: float = 1.0
+    steps: int | None = None
     cells: tuple[str, ...] = CELLS
 
 
+def _lengths(rng: np.random.Generator, T: int, B: int) -> dict[str, Any]:
+    return {"lengths": rng.integers(SHORTEST, T, B, endpoint=True)}
+
+
 OPTIONS = {
-    "resets": Option(marks=("resets",)),
-    "mask": Option(marks=("mask",)),
-    "return_cells": Option(marks=("return_cells",), cells=("lstm",)),
+    "lengths": Option(given=_lengths, steps=LONGEST),
+    "bidirectional": Option({"bidirectional": True}, work=2.0),
+    "lengths, bidirectional": Option(
+        {"bidirectional": True}, given=_lengths, work=2.0, steps=LONGEST
+    ),
+    "dropout": Option({"num_layers": 2, "dropout": 0.5}, {"num_layers": 2}),
+    "learn_initial_state": Option({"learn_initial_state": True}),
+    # An episode of 50 steps.
+    "resets": Option(given=lambda rng, T, B: {"resets": rng.random((T, B)) < 0.02}),
+    "mask": Option(given=lambda rng, T, B: {"mask": rng.random((T, B)) < 0.8}),
+    "return_cells": Option(given=lambda rng, T, B: {"return_cells": True}, cells=("lstm",)),
     "peephole": Option({"peephole": True}, cells=("lstm",)),
     "coupled": Option({"coupled": True}, cells=("lstm",)),
     "recurrent_dropout": Option({"recurrent_dropout": 0.3}),
@@ -46,75 +82,92 @@ OPTIONS = {
 }
 
 
-def make_layer(cell: str, size: int, hidden: int, options: Mapping[str, Any]) -> Any:
-    """Return a layer of one of `CELLS`."""
+def make(cell: str, sizes: tuple[int, int], settings: dict[str, Any], dtype: str) -> Any:
+    """Return a layer."""
     kind = {"rnn": fb.RNN, "lstm": fb.LSTM}.get(cell, fb.GRU)
-    if cell == "gru_reset_before":
-        options = {"reset_after": False, **options}
-    return kind(size, hidden, seed=0, **options)
+    before = {"reset_after": False} if cell == "gru_reset_before" else {}
+    return kind(*sizes, **settings, **before, dtype=dtype, seed=0)
 
 
-def make_step(cell: str, problem: tuple[int, int, int, int], option: Option) -> Callable[[], None]:
-    """Return the training step of a layer; it is run once, and its results looked at."""
-    T, B, size, hidden = problem
-    rng = np.random.default_rng(1)
-    x = rng.standard_normal((T, B, size), np.float32)
-    grad = rng.standard_normal((T, B, hidden), np.float32)
-    marks = {
-        "resets": rng.random((T, B)) < 0.02,  # an episode of 50 steps
-        "mask": rng.random((T, B)) < 0.8,
-        "return_cells": True,
-    }
-    given = {name: marks[name] for name in option.marks}
-    layer = make_layer(cell, size, hidden, option.layer)
-
-    def run() -> Any:
-        _, _, tape, *cells = layer.forward(x, **given)
-        return layer.backward(tape, grad, grad_cells=grad if cells else None)
-
-    assert all(np.isfinite(value).all() for value in run().weights.values())
-    return run
+def step_of(layer: Any, x: Array, grad_y: Array, given: dict[str, Any]) -> dict[str, Array]:
+    """Run a training step; return its results by name."""
+    y, _, tape, *cells = layer.forward(x, seed=1, **given)
+    grads = layer.backward(tape, grad_y, grad_cells=grad_y if cells else None)
+    return {"y": y, "x": grads.x, **grads.weights}
 
 
-def medians(steps: dict[str, Callable[[], None]], seconds: float) -> dict[str, float]:
-    """Return the median seconds of each step, all run in turn for about `seconds` in all."""
-    runs: dict[str, list[float]] = {name: [] for name in steps}
-    end = time.perf_counter() + seconds
-    gc.disable()
-    while time.perf_counter() < end or len(runs["plain"]) < 3:
-        for name, step in steps.items():
-            began = time.perf_counter()
-            step()
-            runs[name].append(time.perf_counter() - began)
-    gc.enable()
-    return {name: median(times) for name, times in runs.items()}
+def check(layer: Any, exact: Any, x: Array, grad_y: Array, given: dict[str, Any]) -> None:
+    """Compare the results in float32 with those of float64."""
+    exact.load_state_dict(layer.weights)
+    found = step_of(layer, x, grad_y, given)
+    for name, wanted in step_of(exact, x.astype(float), grad_y.astype(float), given).items():
+        error = np.abs(found[name] - wanted).max() / max(np.abs(wanted).max(), 1e-30)
+        if error > TOLERANCE:
+            raise SystemExit(f"{layer!r}, {name}: off by {error:.2g}, too much to time it")
 
 
-def main() -> None:
-    """Print a table, a row an option and cell."""
-    parser = argparse.ArgumentParser(description="What the options of a layer cost.")
-    parser.add_argument("--cells", nargs="+", choices=CELLS, default=CELLS)
-    parser.add_argument("--options", nargs="+", choices=OPTIONS, default=list(OPTIONS))
-    parser.add_argument("--seconds", type=float, default=10.0, help="for each cell and problem")
-    arguments = parser.parse_args()
-    fb.set_num_threads(1)
-    print(f"| option, at most {MOST} | cell | T, B, I, H | plain, ms | with it, ms | ratio |")
-    print("|---|---|---|---|---|---|")
-    for problem in PROBLEMS:
-        for cell in arguments.cells:
-            chosen = {n: OPTIONS[n] for n in arguments.options if cell in OPTIONS[n].cells}
-            steps = {"plain": make_step(cell, problem, Option())}
-            steps |= {name: make_step(cell, problem, option) for name, option in chosen.items()}
-            times = medians(steps, arguments.seconds)
-            for name in chosen:
-                ratio = times[name] / times["plain"]
-                mark = "" if ratio <= MOST else " **more**"
-                size = ", ".join(map(str, problem))
-                before, after = times["plain"] * 1e3, times[name] * 1e3
-                print(
-                    f"| {name} | {cell} | {size} | {before:.1f} | {after:.1f} | {ratio:.2f}{mark} |"
-                )
+def time_option(
+    option: Option, cell: str, problem: tuple[int, ...], rounds: int
+) -> tuple[float, float]:
+    """Return seconds of the plain layer's step, and of the option's divided by its work."""
+    T, B, *sizes = problem
+    rng = np.random.default_rng(0)
+
+    def numbers(*shape: int) -> Array:
+        return rng.standard_normal(shape).astype(np.float32)
+
+    steps = option.steps or T
+    given = option.given(rng, steps, B)
+    work = option.work
+    if "lengths" in given:
+        work *= given["lengths"].sum() / (T * B)
+    layer, exact = (make(cell, sizes, option.settings, dtype) for dtype in ("float32", "float64"))
+    x, grad_y = numbers(steps, B, sizes[0]), numbers(steps, B, layer.output_size)
+    check(layer, exact, x, grad_y, given)
+    plain = make(cell, sizes, option.plain, "float32")
+    plain_x, plain_y = numbers(T, B, sizes[0]), numbers(T, B, sizes[1])
+    turns: list[tuple[Callable[[], Any], list[float]]] = [
+        (lambda: step_of(plain, plain_x, plain_y, {}), []),
+        (lambda: step_of(layer, x, grad_y, given), []),
+    ]
+    for number in range(rounds):
+        for run, seconds in turns if number % 2 == 0 else reversed(turns):
+            seconds.append(_turn(run))
+    theirs, own = (median(seconds) for _, seconds in turns)
+    return theirs, own / work
+
+
+def _turn(run: Callable[[], Any]) -> float:
+    run()  # its memory may be another's now
+    count, began = 0, time.perf_counter()
+    while count == 0 or time.perf_counter() - began < _SHORT:
+        run()
+        count += 1
+    return (time.perf_counter() - began) / count
+
+
+def main() -> int:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--options", nargs="+", default=list(OPTIONS), choices=list(OPTIONS))
+    parser.add_argument("--cells", nargs="+", default=list(CELLS), choices=CELLS)
+    parser.add_argument("--sizes", default="256,32,64,128", help="T,B,I,H")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=1)
+    chosen = parser.parse_args()
+    problem = tuple(map(int, chosen.sizes.split(",")))
+    fb.set_num_threads(chosen.threads)
+    print(f"T,B,I,H = {chosen.sizes}, lengths from {SHORTEST} to {LONGEST}, float32\n")
+    print(f"| option | {' | '.join(chosen.cells)} |\n|---|{'---|' * len(chosen.cells)}")
+    for name in chosen.options:
+        option, ratios = OPTIONS[name], []
+        for cell in chosen.cells:
+            if cell in option.cells:
+                plain, own = time_option(option, cell, problem, chosen.rounds)
+            ratios.append(f"{own / plain:.2f}" if cell in option.cells else "")
+        print(f"| {name} | {' | '.join(ratios)} |", flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

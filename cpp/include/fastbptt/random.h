@@ -2,10 +2,14 @@
 // numbers: as easy as 1, 2, 3", SC 2011). A number is a function of a key and of where it is used,
 // so it is the same in whatever order, on whichever thread and however often it is drawn.
 //
-// All is inlined, as kernels of several instruction sets use it; the loops over lanes are what a
-// compiler makes vectors of.
+// All is inlined, as kernels of several instruction sets use it.
 #pragma once
 #include <cstdint>
+#include <cstring>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
 
 #include "fastbptt/types.h"
 
@@ -32,6 +36,65 @@ __attribute__((always_inline)) inline void philox(std::uint32_t* words, std::uin
     }
     k0 += 0x9E3779B9;
     k1 += 0xBB67AE85;
+  }
+}
+
+// As many blocks at once as make up vectors of the instruction set: compilers do not find the
+// product of 32 bits by 32 in the loop above.
+#if defined(__AVX512F__)
+constexpr int random_bytes = 64;
+#elif defined(__AVX2__)
+constexpr int random_bytes = 32;
+#else
+constexpr int random_bytes = 16;
+#endif
+typedef std::uint64_t WordPairs __attribute__((vector_size(random_bytes)));
+
+// The 64-bit products of the lower halves.
+__attribute__((always_inline)) inline WordPairs multiply_lower(WordPairs a, std::uint32_t b) {
+#if defined(__AVX512F__)
+  return (WordPairs)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b));
+#elif defined(__AVX2__)
+  return (WordPairs)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b));
+#elif defined(__SSE2__)
+  return (WordPairs)_mm_mul_epu32((__m128i)a, _mm_set1_epi64x(b));
+#else
+  return (a & 0xFFFFFFFFu) * std::uint64_t(b);
+#endif
+}
+
+// philox<16>, two words to a lane of 64 bits.
+__attribute__((always_inline)) inline void philox_vectors(std::uint32_t* words, std::uint64_t key) {
+  constexpr int vectors = 64 / random_bytes, step = random_bytes / 4;
+  constexpr std::uint64_t low = 0xFFFFFFFF;
+  WordPairs w[4][vectors];
+  for (int k = 0; k < 4; ++k) {
+    for (int v = 0; v < vectors; ++v) {
+      std::memcpy(&w[k][v], words + k * 16 + v * step, random_bytes);
+    }
+  }
+  std::uint32_t k0 = static_cast<std::uint32_t>(key), k1 = static_cast<std::uint32_t>(key >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const std::uint64_t both_k0 = std::uint64_t(k0) << 32 | k0;
+    const std::uint64_t both_k1 = std::uint64_t(k1) << 32 | k1;
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) {
+      const WordPairs a = multiply_lower(w[0][v], 0xD2511F53);
+      const WordPairs a_odd = multiply_lower(w[0][v] >> 32, 0xD2511F53);
+      const WordPairs b = multiply_lower(w[2][v], 0xCD9E8D57);
+      const WordPairs b_odd = multiply_lower(w[2][v] >> 32, 0xCD9E8D57);
+      w[0][v] = ((b >> 32) | (b_odd & ~low)) ^ w[1][v] ^ both_k0;
+      w[1][v] = (b & low) | (b_odd << 32);
+      w[2][v] = ((a >> 32) | (a_odd & ~low)) ^ w[3][v] ^ both_k1;
+      w[3][v] = (a & low) | (a_odd << 32);
+    }
+    k0 += 0x9E3779B9;
+    k1 += 0xBB67AE85;
+  }
+  for (int k = 0; k < 4; ++k) {
+    for (int v = 0; v < vectors; ++v) {
+      std::memcpy(words + k * 16 + v * step, &w[k][v], random_bytes);
+    }
   }
 }
 
@@ -64,7 +127,7 @@ __attribute__((always_inline)) inline void draw_words(std::uint64_t key, const P
     words[32 + i] = static_cast<std::uint32_t>(step);
     words[48 + i] = rest;
   }
-  philox<16>(words, key);
+  philox_vectors(words, key);
 }
 
 // The numbers under this, of 2^32, drop a unit with probability p. For p = 1 one is missing: where

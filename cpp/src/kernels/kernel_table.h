@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 
+#include "fastbptt/random.h"
 #include "fastbptt/types.h"
 
 namespace fastbptt {
@@ -110,6 +111,9 @@ struct LayerKernels {
   void (*reverse)(const ReverseJob<S>&);
   // Adds the weight gradients that the scratch has gathered since reverse_begin to `grad`.
   void (*reverse_finish)(const LayerShape&, const S* scratch, const Weights<S>& grad);
+
+  // draw_mask of fastbptt/random.h.
+  void (*draw_mask)(std::uint64_t key, const Place& place, double p, S kept, Index n, S* mask);
 };
 
 // The readout y = x W^T + b over rows of [N, K] weights. `packed` memory has the panels of W and b;

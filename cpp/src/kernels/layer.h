@@ -70,6 +70,9 @@ constexpr LayerKernels<S> layer_kernels() {
         with_cell<S>(s.cell,
                      [&](auto cell) { ReverseLayer<S, decltype(cell)>::finish(s, scratch, grad); });
       },
+      [](std::uint64_t key, const Place& place, double p, S kept, Index n, S* mask) {
+        draw_mask(key, place, p, kept, n, mask);
+      },
   };
 }
 

@@ -231,6 +231,7 @@ struct ReverseMemory {
   std::vector<Index> scratch;
   std::vector<Index> middle;  // two chunks of dL/dx between layers
   std::vector<Index> dropped;
+  std::vector<Index> mask;
   std::vector<Index> x;
   std::vector<Index> y;  // with the step before the chunk
   std::vector<Index> grad_y;
@@ -402,6 +403,7 @@ struct Session<S>::Data {
       const bool both = shape.directions == 2;
       memory.middle.push_back(chunk(L > 1 && !both, 2 * R));
       memory.dropped.push_back(chunk(drops, y_width()));
+      memory.mask.push_back(chunk(drops, y_width()));
       memory.x.push_back(chunk(!part.even, shape.input_size));
       memory.y.push_back(memory.arena.reserve(part.even ? 0 : (capacity + part.rows) * R));
       memory.grad_y.push_back(chunk(!part.even, R));
@@ -588,10 +590,11 @@ struct Session<S>::Data {
     return {to - from * c.rows * columns, c.rows * columns, columns};
   }
 
-  // x of a layer: the caller's, or what the one below gave, after the dropout; in order of time.
+  // x of a layer: the caller's, or what the one below gave, after the dropout, whose mask stays
+  // behind; in the order of direction d.
   template <class Below>
-  Sequence<const S> input(const Walk& w, const Chunk& c, Index l, Index d, S* gather, S* dropped,
-                          Below&& below) const {
+  Sequence<const S> input(const Walk& w, const Chunk& c, Index l, Index d, S* gather, S* mask,
+                          S* dropped, Below&& below) const {
     if (l == 0) {
       const Sequence<const S> x = outside(w, c, w.run.x);
       if (w.part.even) return directed(x, c.steps(), d);
@@ -602,7 +605,9 @@ struct Session<S>::Data {
       const Sequence<S> to{dropped, c.rows * y_width(), y_width()};
       each(w.team, c.steps() * c.rows, [&](Index i) {
         const Index t = i / c.rows, j = i % c.rows;
-        drop(w, c.t0 + t, j, l - 1, x.at(t, j), to.at(t, j));
+        S* const own = mask + i * y_width();
+        draw(w, c.t0 + t, j, l - 1, own);
+        multiply(y_width(), own, x.at(t, j), to.at(t, j));
       });
       x = read_only(to);
     }
@@ -633,12 +638,14 @@ struct Session<S>::Data {
     return options;
   }
 
-  // The dropout of what layer l gave at one step of one row; or of its gradient, which is the same.
-  void drop(const Walk& w, Index t, Index j, Index l, const S* from, S* to) const {
-    const S scale = shape.dropout < 1 ? S(1 / (1 - shape.dropout)) : S(0);
+  // What the dropout multiplies the output of layer l by, at one step of one row.
+  void draw(const Walk& w, Index t, Index j, Index l, S* mask) const {
+    const S kept = shape.dropout < 1 ? S(1 / (1 - shape.dropout)) : S(0);
     const Place place{Draw::dropout, l, t, lengths.row(w.part.rank(j))};
-    draw_units(seed, place, shape.dropout, y_width(),
-               [&](Index i, bool keep) { to[i] = keep ? from[i] * scale : S(0); });
+    kernel().draw_mask(seed, place, shape.dropout, kept, y_width(), mask);
+  }
+  static void multiply(Index n, const S* a, const S* b, S* to) {
+    for (Index i = 0; i < n; ++i) to[i] = a[i] * b[i];
   }
 
   // Zeros behind the length of each row.
@@ -718,7 +725,8 @@ struct Session<S>::Data {
         job.shape = shape.layer(k);
         job.steps = c.steps();
         job.batch = c.rows;
-        job.x = input(w, c, l, d, memory.arena.at(memory.x[p]), memory.arena.at(memory.dropped[p]),
+        S* const dropped = memory.arena.at(memory.dropped[p]);
+        job.x = input(w, c, l, d, memory.arena.at(memory.x[p]), dropped, dropped,
                       [&](Index below) { return read_only(middle(below, c)); });
         if (scattered) {
           job.y = {memory.arena.at(memory.y[p]), c.rows * R, R};
@@ -811,8 +819,9 @@ struct Session<S>::Data {
         job.initial = ragged() ? start_of(w, c, k, layout, grad.tape, job.first,
                                           memory.arena.at(memory.start[p]))
                                : layer_state(shape, initial, k, B, w.part.begin);
+        S* const mask = memory.arena.at(memory.mask[p]);
         job.x = input(
-            w, c, l, d, memory.arena.at(memory.x[p]), memory.arena.at(memory.dropped[p]),
+            w, c, l, d, memory.arena.at(memory.x[p]), mask, memory.arena.at(memory.dropped[p]),
             [&](Index below) { return inside(w, c, layout.y(grad.tape, below), y_width(), 0); });
         Sequence<const S> grad_cells;
         if (!top) {
@@ -863,7 +872,7 @@ struct Session<S>::Data {
             const S* const more = job.grad_x.at(s, j);
             for (Index f = 0; f < columns; ++f) to[f] = d == 0 ? more[f] : to[f] + more[f];
           }
-          if (dropping) drop(w, c.t0 + t, j, l - 1, to, to);
+          if (dropping) multiply(columns, mask + (t * c.rows + j) * columns, to, to);
         });
       });
     });
