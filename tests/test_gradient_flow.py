@@ -261,6 +261,23 @@ def test_classes_embeddings_and_input_as_it_comes(rng):
         np.testing.assert_array_equal(weight, before[name])
 
 
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_learned_initial_states_are_begun_with(cell, rng):
+    p = draw_problem(rng, cell, 7, 2, 3, 4, 2)
+    plain = fb.Model(layer_for(p))
+    layer = make_layer(cell, 3, 4, 2, dtype="float64", learn_initial_state=True, dropout=0.5)
+    for name, weight in layer.weights.items():
+        weight[...] = p.weights[name] if name in p.weights else rng.standard_normal(weight.shape)
+    names = ("h0", "c0") if cell == "lstm" else ("h0",)
+    parts = [np.stack([layer.weights[f"{n}_l{k}"] for k in range(2)]) for n in names]
+    state = tuple(np.repeat(part[:, None], 2, axis=1) for part in parts)
+    state = state if cell == "lstm" else state[0]
+    learned = fb.gradient_flow(fb.Model(layer), p.x, p.grad_y, "mse")
+    given_state = fb.gradient_flow(plain, p.x, p.grad_y, "mse", state)
+    np.testing.assert_array_equal(learned.h, given_state.h)
+    assert list(learned.weights) == list(given_state.weights)
+
+
 def test_targets_that_do_not_count(rng):
     model = fb.Model(fb.GRU(3, 4, seed=0), fb.Linear(4, 5, seed=1))
     x = rng.standard_normal((6, 2, 3), np.float32)
@@ -407,6 +424,25 @@ class TestErrors:
             fb.gradient_flow(model, x.astype(np.float64), target)
         with pytest.raises(ValueError, match="target"):
             fb.gradient_flow(model, x[:0], target[:0])
+
+    def test_a_layer_with_other_options_is_refused_and_not_taken_for_a_plain_one(
+        self, problem, monkeypatch
+    ):
+        model, x, target = problem
+        for name, value in {
+            "_cell": lambda self: "gru_of_another_kind",
+            "weights": property(lambda self: {**self._weights, "weight_hr_l0": x}),
+        }.items():
+            with monkeypatch.context() as patch:
+                patch.setattr(fb.GRU, name, value)
+                with pytest.raises(ValueError, match=r"model: got GRU\(3, 4\), wanted"):
+                    fb.gradient_flow(model, x, target)
+
+    def test_two_directions_are_refused(self, problem):
+        _, x, target = problem
+        model = fb.Model(fb.LSTM(3, 4, bidirectional=True))
+        with pytest.raises(ValueError, match=r"model: got LSTM\(.*without bidirectional"):
+            fb.gradient_flow(model, x, target)
 
     @pytest.mark.parametrize("layer", [1, -2])
     def test_there_is_no_such_layer(self, layer):

@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fastbptt import _core
 from fastbptt._arrays import Array, _as_int, as_bool, as_finite
-from fastbptt.gate_gradients import Steps, Weights, gate_gradients
+from fastbptt.gate_gradients import CELLS, Steps, Weights, gate_gradients
 from fastbptt.layers import Recurrent
 from fastbptt.losses import Loss, make_objective
 from fastbptt.model import Model
@@ -296,7 +295,7 @@ def gradient_flow(
     """Return how large the gradient of a loss is at each step, layer by layer.
 
     All of it is exact, from one run forward and one back, a step at a time. Memory is that of
-    `Full()`. The model is not changed.
+    `Full()`. The model is not changed; nothing is dropped.
 
     Parameters
     ----------
@@ -316,8 +315,8 @@ def gradient_flow(
     Raises
     ------
     ValueError
-        A shape is wrong, a class is out of range, `loss` is unknown, there is no step `at`, or no
-        target counts there.
+        A shape is wrong, a class is out of range, `loss` is unknown, there is no step `at`, no
+        target counts there, or the layer has options beyond those of a plain RNN, LSTM or GRU.
     TypeError
         A dtype is wrong, or something is not what it should be at all.
 
@@ -351,16 +350,7 @@ def gradient_flow(
     contributions = as_bool("contributions", contributions)
     first, n = _steps_with_loss(at, source.T)
     layer = model.recurrent
-    if layer.bidirectional:
-        raise ValueError(
-            f"model: got {layer!r}, whose gradient flows both ways; wanted one direction"
-        )
-    for option in ("recurrent_dropout", "zoneout", "peephole", "coupled"):
-        if getattr(layer, option, False):
-            raise ValueError(
-                f"model: got {layer!r}, but the flow is that of the cells alone; "
-                f"wanted a layer without {option}"
-            )
+    _check_layer(layer)
     below = source.vectors(0, n)
     if state is None:
         state = layer._start(source.B)
@@ -425,6 +415,33 @@ def _of_layer(state: Any, number: int) -> Any:
     return state[number : number + 1]
 
 
+def _check_layer(layer: Recurrent[Any]) -> None:
+    """Refuse what the formulas of `gate_gradients` do not know."""
+    for option in ("bidirectional", "recurrent_dropout", "zoneout", "peephole", "coupled"):
+        if getattr(layer, option, False):
+            raise ValueError(
+                f"model: got {layer!r}, but the flow is that of the cells alone, in one direction; "
+                f"wanted a layer without {option}"
+            )
+    kinds = (*_KINDS, "h0", "c0")
+    known = {f"{kind}_l{number}" for kind in kinds for number in range(layer.num_layers)}
+    if not layer.weights.keys() <= known or layer._cell() not in CELLS:
+        raise ValueError(f"model: got {layer!r}, wanted a plain RNN, LSTM or GRU")
+
+
+def _alone(layer: Recurrent[Any], number: int) -> Recurrent[Any]:
+    """Return a layer of the stack as a stack of one, over the same parameters."""
+    weights = layer.weights
+    settings = layer._settings() | {
+        "input_size": weights[f"weight_ih_l{number}"].shape[1],
+        "num_layers": 1,
+        "batch_first": False,
+    }
+    return type(layer)._restore(
+        settings, lambda name: weights[f"{name.removesuffix('_l0')}_l{number}"]
+    )
+
+
 class _Walk:
     """One layer's way through time and back, a step at a time; what is kept of it are norms."""
 
@@ -432,10 +449,8 @@ class _Walk:
         self._names = [f"{kind}_l{number}" for kind in _KINDS]
         self._parameters = [layer.weights.get(name) for name in self._names]
         self._cell = layer._cell()
-        _, B, inputs = x.shape
-        sizes = (inputs, layer.hidden_size, 1, False, layer.dtype.name)
-        stack = _core.Stack(self._cell, *sizes, [*self._parameters, None, None, None], {})
-        self._session = stack.session(len(x), B, 1)
+        alone = _alone(layer, number)
+        self._session = alone._stack.session(len(x), x.shape[1], 1)
         self._needs_x = number > 0
         self._x, self._initial = x, state
         self._tapes, outputs, cells = [], [], []

@@ -16,6 +16,8 @@ import numpy as np
 from fastbptt import _core
 from fastbptt._arrays import Array
 
+CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru", "gru_reset_before")
+
 
 @dataclass(frozen=True)
 class Steps:
