@@ -188,7 +188,7 @@ def configs(seeds: int) -> list[Config]:
         new += [Config("copy", 50, cell, "chrono", seed) for cell in ("LSTM", "GRU")]
         new.append(Config("copy", 50, "RNN", "orthogonal", seed))
         if seed == 0:
-            long = {"updates": 5000, "decay": True}
+            long = {"updates": 2500, "decay": True}
             new += [Config("adding", 600, cell, "chrono", **long) for cell in ("GRU", "LSTM")]
         runs += new
     return runs
