@@ -120,7 +120,7 @@ class Copying:
 
 TASKS = {"adding": Adding, "copy": Copying}
 CELLS = {"RNN": fb.RNN, "LSTM": fb.LSTM, "GRU": fb.GRU}
-# The step that did best in a few trials of each: of 0.001, 0.002 and 0.005.
+# LSTM and GRU did better than with 0.002 in a few trials; the RNN learnt nothing with either.
 RATES = {"RNN": 1e-3, "LSTM": 5e-3, "GRU": 5e-3}
 
 
