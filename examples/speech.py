@@ -47,7 +47,9 @@ def padded(utterances: list[np.ndarray], mean: np.ndarray, deviation: np.ndarray
     return x
 
 
-def train(x: np.ndarray, target: np.ndarray, passes: int, seed: int) -> fb.Model:
+def train(
+    x: np.ndarray, target: np.ndarray, lengths: np.ndarray, passes: int, seed: int
+) -> fb.Model:
     rng = np.random.default_rng(seed)
     model = fb.Model(
         fb.GRU(12, HIDDEN, seed=int(rng.integers(2**32))),
@@ -62,7 +64,8 @@ def train(x: np.ndarray, target: np.ndarray, passes: int, seed: int) -> fb.Model
             # With so few utterances, noise on the input is what keeps them from being learned by
             # heart. Its size, like all else here, was chosen on a third of the 270.
             noise = rng.standard_normal((len(x), len(rows), 12), dtype=np.float32)
-            result = fb.value_and_grad(model, x[:, rows] + 0.8 * noise, target[:, rows])
+            noisy = x[:, rows] + 0.8 * noise
+            result = fb.value_and_grad(model, noisy, target[:, rows], lengths=lengths[rows])
             fb.clip_grad_norm(result.grads, 1.0)
             optimizer.step(result.grads)
     return model
@@ -76,15 +79,14 @@ def main() -> None:
     scale = frames.mean(0), frames.std(0)
     x, x_held_out = padded(known, *scale), padded(held_out, *scale)
 
-    # The network answers at the last step of each utterance; no other step has a target, so it
-    # does not matter what stands behind a short one.
-    last = np.array([len(utterance) - 1 for utterance in known])
+    # The network answers at the last step of each utterance; no other step has a target.
+    lengths = np.array([len(utterance) for utterance in known])
     target = np.full(x.shape[:2], -100)
-    target[last, np.arange(len(last))] = speaker
+    target[lengths - 1, np.arange(len(lengths))] = speaker
     last = np.array([len(utterance) - 1 for utterance in held_out])
     accuracies = []
     for seed in range(seeds):
-        output, _ = train(x, target, passes, seed)(x_held_out)
+        output, _ = train(x, target, lengths, passes, seed)(x_held_out)
         answer = output[last, np.arange(len(last))].argmax(-1)
         accuracies.append(float((answer == wanted).mean()))
 
