@@ -94,7 +94,8 @@ py::array bind_linear_backward(const py::array& x, const py::array& weight, cons
 template <class S>
 py::tuple bind_readout_loss_of(Loss loss, const py::array& y, Optional weight, Optional bias,
                                const py::array& target, double scale, std::int64_t ignore_index,
-                               Optional grad_weight, Optional grad_bias, bool need_grad) {
+                               Optional grad_weight, Optional grad_bias, bool need_grad,
+                               Optional counts) {
   ReadoutLoss<S> job{};
   py::array w, b;
   if (!weight.is_none()) w = contiguous(checked<S>("weight", weight, {-1, -1}));
@@ -110,7 +111,7 @@ py::tuple bind_readout_loss_of(Loss loss, const py::array& y, Optional weight, O
                  weight.is_none() ? nullptr : data<S>(w),
                  bias.is_none() ? nullptr : data<S>(b)};
   job.loss = loss;
-  py::array wanted;
+  py::array wanted, rows_that_count;
   if (loss == Loss::cross_entropy) {
     wanted = contiguous(checked<std::int64_t>("target", target, {A, B}));
     job.classes = data<std::int64_t>(wanted);
@@ -124,6 +125,10 @@ py::tuple bind_readout_loss_of(Loss loss, const py::array& y, Optional weight, O
   } else {
     wanted = contiguous(checked<S>("target", target, {A, B, N}));
     job.values = data<S>(wanted);
+    if (!counts.is_none()) {
+      rows_that_count = contiguous(checked<bool>("counts", counts, {A, B}));
+      job.counts = data<bool>(rows_that_count);
+    }
   }
   job.ignore_index = ignore_index;
   job.scale = scale;
@@ -146,7 +151,7 @@ py::tuple bind_readout_loss_of(Loss loss, const py::array& y, Optional weight, O
 py::tuple bind_readout_loss(const std::string& loss, const py::array& y, Optional weight,
                             Optional bias, const py::array& target, double scale,
                             std::int64_t ignore_index, Optional grad_weight, Optional grad_bias,
-                            bool need_grad) {
+                            bool need_grad, Optional counts) {
   if (loss != "cross_entropy" && loss != "mse") {
     throw py::value_error("loss: got '" + loss + "', wanted 'cross_entropy' or 'mse'");
   }
@@ -156,7 +161,8 @@ py::tuple bind_readout_loss(const std::string& loss, const py::array& y, Optiona
   const Loss kind = loss == "mse" ? Loss::mse : Loss::cross_entropy;
   return by_dtype("y", y, [&](auto scalar) {
     return bind_readout_loss_of<decltype(scalar)>(kind, y, weight, bias, target, scale,
-                                                  ignore_index, grad_weight, grad_bias, need_grad);
+                                                  ignore_index, grad_weight, grad_bias, need_grad,
+                                                  counts);
   });
 }
 
@@ -191,7 +197,8 @@ void bind_readout(py::module_& m) {
         py::arg("grad_y"), py::arg("grad_weight"), py::arg("grad_bias"));
   m.def("readout_loss", &bind_readout_loss, py::arg("loss"), py::arg("y"), py::arg("weight"),
         py::arg("bias"), py::arg("target"), py::arg("scale"), py::arg("ignore_index"),
-        py::arg("grad_weight"), py::arg("grad_bias"), py::arg("need_grad"));
+        py::arg("grad_weight"), py::arg("grad_bias"), py::arg("need_grad"),
+        py::arg("counts") = py::none());
   m.def(
       "readout_nbytes",
       [](Index K, Index N, Index rows, bool is_double) {

@@ -112,12 +112,14 @@ def readout_loss(
     grad_weight: Array | None,
     grad_bias: Array | None,
     need_grad: bool,
+    counts: Array | None = None,
 ) -> tuple[float, Array | None]:
     """Linear readout and loss, a block of rows at a time, so that the logits never exist whole.
 
     `loss` is `"cross_entropy"` (`target` int64 `[A, B]`) or `"mse"` (`target` `[A, B, V]`). Returns
     `scale` times the sum over the targets that count, and its gradient with respect to `y`
-    `[A, B, H]`; adds to `grad_weight` and `grad_bias`. Without `weight`, y is the prediction.
+    `[A, B, H]`; adds to `grad_weight` and `grad_bias`. Without `weight`, y is the prediction. Of
+    "mse", `counts` `[A, B]`, bool, says which rows count; by default all do.
     """
 
 def readout_nbytes(K: int, N: int, rows: int, is_double: bool) -> int:

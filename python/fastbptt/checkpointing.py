@@ -105,23 +105,37 @@ class Checkpointed:
         if self.slots is not None:
             return self.slots, self.segment or -(-T // (self.slots + 1))
         assert self.memory is not None
-        # What is fixed depends on the longest segment, and the segment on what that leaves.
+        # What is fixed depends on the segment, and the segment on what that leaves: so it is tried
+        # for segments of no more than some lengths, which are near enough to each other.
         found = []
-        longest = 2 * T
-        while longest > 1:
-            longest = (longest + 1) // 2
+        for longest in {*_lengths(T), _blocks(T, 2)}:
             left = self.memory - needs.fixed(longest)
             if left < least_bytes(needs.state, needs.step, T):
                 continue
-            slots, segment = choose(T, needs.state, needs.step, left)
-            if segment > longest:
-                segment = longest
-                slots = (left - segment * needs.step) // needs.state
-            found.append((min(slots, -(-T // segment) - 1), segment))
+            segment = min(longest, choose(T, needs.state, needs.step, left)[1])
+            left = self.memory - needs.fixed(segment) - segment * needs.step
+            used = _blocks(T, segment) - 1
+            slots = min(left // needs.state, used)
+            if left >= 0 and slots >= min(2, used):
+                found.append((slots, segment))
         if not found:
-            least = needs.fixed(1) + least_bytes(needs.state, needs.step, T)
-            raise ValueError(f"memory: got {self.memory} bytes, wanted at least {least}")
-        return min(found, key=lambda division: advanced_steps(T, *division))
+            raise ValueError(
+                f"memory: got {self.memory} bytes, wanted at least {_least_memory(T, needs)}"
+            )
+
+        def cost(division: tuple[int, int]) -> int:
+            return advanced_steps(T, *division)
+
+        best = min(found, key=cost)
+        for slots in range(max(1, best[0] - 1), best[0] + 2):
+            left = self.memory - slots * needs.state
+            # Binary search for the longest segment beside so many states.
+            segment = bisect_left(
+                range(1, T), True, key=lambda n: needs.fixed(n) + n * needs.step > left
+            )
+            if segment >= 1 and slots >= min(2, _blocks(T, segment) - 1):
+                best = min(best, (min(slots, _blocks(T, segment) - 1), segment), key=cost)
+        return best
 
     def plan(self, T: int, needs: Needs) -> Iterator[Action]:
         """Return the actions for `T` steps."""
@@ -355,6 +369,25 @@ def _checked(T: Any, slots: Any, segment: Any, granularity: Any) -> tuple[int, i
                 f"segment: got {segment}, wanted a multiple of granularity = {granularity}"
             )
     return T, slots, segment, granularity
+
+
+def _lengths(T: int) -> Iterator[int]:
+    """Return T, then lengths that get shorter by about a seventh each time, down to 1."""
+    length = T
+    while length > 1:
+        yield length
+        length = min(length - 1, length * 6 // 7)
+    yield 1
+
+
+def _least_memory(T: int, needs: Needs) -> int:
+    """Return the least memory for T steps: in one segment, in two, or with two kept states."""
+    half = _blocks(T, 2)
+    return min(
+        needs.fixed(T) + T * needs.step,
+        needs.fixed(half) + needs.state + half * needs.step,
+        needs.fixed(1) + 2 * needs.state + needs.step,
+    )
 
 
 def _blocks(steps: int, size: int) -> int:

@@ -48,6 +48,7 @@ def segmentation_error(
     schedule: Segmented,
     state: Any = None,
     ignore_index: int = -100,
+    loss_mask: Any = None,
     repeats: int = 3,
 ) -> SegmentationError:
     """Return how far `Segmented` is from the exact gradient, and how much faster it is.
@@ -57,7 +58,7 @@ def segmentation_error(
 
     Parameters
     ----------
-    model, x, target, loss, state, ignore_index
+    model, x, target, loss, state, ignore_index, loss_mask
         As for `value_and_grad`.
     schedule : Segmented
         What is compared with `Full()`.
@@ -95,7 +96,9 @@ def segmentation_error(
 
     def run(schedule: Schedule | Segmented) -> tuple[dict[str, Array], float]:
         begin = perf_counter()
-        result = value_and_grad(model, x, target, loss, state, schedule, ignore_index)
+        result = value_and_grad(
+            model, x, target, loss, state, schedule, ignore_index, loss_mask=loss_mask
+        )
         return result.grads, perf_counter() - begin
 
     exact, _ = run(Full())

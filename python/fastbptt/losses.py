@@ -23,7 +23,7 @@ LossFunction: TypeAlias = Callable[[Array, Any, slice], tuple[float, Array]]
 Loss: TypeAlias = str | LossFunction
 
 # Class numbers that are checked at a time, so that no array as long as the sequence is made.
-_CHECKED_AT_ONCE = 1 << 13
+_CHECKED_AT_ONCE = 1 << 11
 
 
 class Objective(Protocol):
@@ -33,9 +33,12 @@ class Objective(Protocol):
     ----------
     row_bytes : int
         What reading the target of a row of a step takes.
+    in_pieces : bool
+        Whether a segment may be taken in pieces, which a user's function would see.
     """
 
     row_bytes: int
+    in_pieces: bool
 
     def narrow(self, begin: int, end: int) -> None:
         """Let the loss be the mean over these steps, not over all."""
@@ -91,25 +94,31 @@ def make_objective(
     B: int,
     ignore_index: int,
     lengths: Array | None = None,
+    mask: Any = None,
 ) -> Objective:
     """Return the loss of `T` steps of `B` rows, its target checked as a whole.
 
-    With `lengths` `[B]` the steps behind that of a row do not count.
+    With `lengths` `[B]` the steps behind that of a row do not count, with `mask` `[T, B]`, which a
+    user knows as `loss_mask`, those where it is False.
 
     Raises
     ------
     ValueError
-        The name of the loss, the shape of the target or a class is wrong, or no target counts.
+        The name of the loss, the shape of target or mask or a class is wrong, or no target counts.
     TypeError
-        The loss is no name and cannot be called, or the target has the wrong dtype.
+        The loss is no name and cannot be called, or target or mask has the wrong dtype.
     """
     if isinstance(loss, str):
         if loss not in ("cross_entropy", "mse"):
             raise ValueError(f"loss: got {loss!r}, wanted 'cross_entropy', 'mse' or a callable")
         if loss == "mse":
-            return _MeanSquare(model, target, T, B, lengths)
-        return _CrossEntropy(model, target, T, B, ignore_index, lengths)
+            return _MeanSquare(model, target, T, B, lengths, mask)
+        return _CrossEntropy(model, target, T, B, ignore_index, lengths, mask)
     if callable(loss):
+        if mask is not None:
+            raise ValueError(
+                "loss_mask: got one with a callable loss, wanted None: it knows the steps itself"
+            )
         return _Custom(loss, model, target, T, B, lengths)
     raise TypeError(f"loss: got {type(loss).__name__}, wanted 'cross_entropy', 'mse' or a callable")
 
@@ -136,14 +145,29 @@ class _Fused:
     """
 
     kind: str
+    in_pieces = True
     ignore_index = 0
     scale: float
     row_bytes: int
 
-    def __init__(self, model: Model, target: Source, lengths: Array | None) -> None:
+    def __init__(
+        self, model: Model, target: Source, T: int, B: int, lengths: Array | None, mask: Any
+    ) -> None:
         self._weights = {} if model.readout is None else model.readout.weights
         self._target = target
         self._lengths = lengths
+        self._mask: Source | None = None
+        self._core_mask: Source | None = None  # where the target itself cannot say what counts
+        if mask is None:
+            return
+        self._mask = Source("loss_mask", mask, model.batch_first)
+        wanted = _leading(model, T, B)
+        if self._mask.shape != wanted:
+            raise ValueError(f"loss_mask: got shape {self._mask.shape}, wanted {wanted}")
+        if self._mask.dtype != np.bool_:
+            raise TypeError(f"loss_mask: got dtype {self._mask.dtype}, wanted bool")
+        if self.kind == "mse":
+            self._core_mask = self._mask
 
     def _cut(self, begin: int, end: int) -> Array:
         return self._target.take(begin, end)
@@ -152,12 +176,14 @@ class _Fused:
         self, y: Array, begin: int, end: int, grads: dict[str, Array] | None
     ) -> tuple[float, Array | None]:
         target = self._cut(begin, end)
+        counts = None if self._core_mask is None else self._core_mask.take(begin, end)
         if self._lengths is None:
-            return self._take(y, target, grads)
+            return self._take(y, target, counts, grads)
         there = present(self._lengths, begin, end)
         if not there.any():
             return 0.0, None if grads is None else np.zeros_like(y)
-        value, grad = self._take(y[there][:, None], target[there][:, None], grads)
+        counts = None if counts is None else counts[there][:, None]
+        value, grad = self._take(y[there][:, None], target[there][:, None], counts, grads)
         if grad is None:
             return value, None
         whole = np.zeros_like(y)
@@ -167,12 +193,13 @@ class _Fused:
     def beside(
         self, y: Array, stretches: Sequence[slice], grads: dict[str, Array]
     ) -> tuple[float, Array]:
-        value, grad = self._take(y, beside(self._cut, stretches), grads)
+        counts = None if self._core_mask is None else beside(self._core_mask.take, stretches)
+        value, grad = self._take(y, beside(self._cut, stretches), counts, grads)
         assert grad is not None
         return value, grad
 
     def _take(
-        self, y: Array, target: Array, grads: dict[str, Array] | None
+        self, y: Array, target: Array, counts: Array | None, grads: dict[str, Array] | None
     ) -> tuple[float, Array | None]:
         into = grads or {}
         return _core.readout_loss(
@@ -186,6 +213,7 @@ class _Fused:
             into.get("weight"),
             into.get("bias"),
             grads is not None,
+            counts,
         )
 
 
@@ -196,11 +224,13 @@ def present(lengths: Array, begin: int, end: int) -> Array:
 
 
 class _MeanSquare(_Fused):
-    """The mean of the squared differences."""
+    """The mean of the squared differences, over the steps that count."""
 
     kind = "mse"
 
-    def __init__(self, model: Model, target: Any, T: int, B: int, lengths: Array | None) -> None:
+    def __init__(
+        self, model: Model, target: Any, T: int, B: int, lengths: Array | None, mask: Any
+    ) -> None:
         if not is_lazy(target):
             target = as_array("target", target, model.dtype)
         array = Source("target", target, model.batch_first)
@@ -212,31 +242,55 @@ class _MeanSquare(_Fused):
         size = math.prod(array.shape)
         if size == 0:
             raise _no_target(f"shape {array.shape}")
-        super().__init__(model, array, lengths)
-        self.row_bytes = _width(model) * model.dtype.itemsize  # a copy unless it lies in order
+        super().__init__(model, array, T, B, lengths, mask)
+        # A copy unless it lies in order.
+        self.row_bytes = _width(model) * model.dtype.itemsize + (0 if mask is None else 1)
         self._row_size = size // (T * B)
         self._rows = B
         if self._count(0, T) == 0:
-            raise _no_target("lengths that are all 0")
+            raise _no_target(
+                "lengths that are all 0" if mask is None else "a loss_mask that is False everywhere"
+            )
         self.narrow(0, T)
 
     def narrow(self, begin: int, end: int) -> None:
         self.scale = 1.0 / (self._row_size * max(1, self._count(begin, end)))
 
     def _count(self, begin: int, end: int) -> int:
+        if self._mask is not None:
+            return self._count_mask(self._mask, begin, end)
         if self._lengths is None:
             return self._rows * (end - begin)
         return int(np.clip(self._lengths - begin, 0, end - begin).sum())
 
+    def _count_mask(self, mask: Source, first: int, last: int) -> int:
+        count, steps = 0, max(1, _CHECKED_AT_ONCE // self._rows)
+        for begin in range(first, last, steps):
+            end = min(begin + steps, last)
+            counts = mask.take(begin, end)
+            if self._lengths is not None:
+                counts = counts & present(self._lengths, begin, end)
+            count += int(np.count_nonzero(counts))
+        return count
+
 
 class _CrossEntropy(_Fused):
-    """The mean of the negative log-likelihoods of the classes that are not `ignore_index`."""
+    """The mean of the negative log-likelihoods of the classes that count.
+
+    Those are not `ignore_index`, and the mask has them.
+    """
 
     kind = "cross_entropy"
-    row_bytes = 16  # as int64, and in order
 
     def __init__(
-        self, model: Model, target: Any, T: int, B: int, ignore_index: int, lengths: Array | None
+        self,
+        model: Model,
+        target: Any,
+        T: int,
+        B: int,
+        ignore_index: int,
+        lengths: Array | None,
+        mask: Any,
     ) -> None:
         if isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, np.integer)):
             raise TypeError(f"ignore_index: got {ignore_index!r}, wanted an integer")
@@ -248,18 +302,24 @@ class _CrossEntropy(_Fused):
             raise _no_target(f"shape {array.shape}")
         if np.dtype(array.dtype).kind not in "iu":
             raise TypeError(f"target: got dtype {array.dtype}, wanted class numbers, integers")
-        super().__init__(model, array, lengths)
+        super().__init__(model, array, T, B, lengths, mask)
+        # As int64, and in order; with a mask another copy of them, and the mask.
+        self.row_bytes = 16 if mask is None else 25
         self._batch_first = model.batch_first
         self.ignore_index = int(ignore_index)
         self._classes = _width(model)
         count = self._count(0, T)
         if count == 0:
             where = "everywhere" if lengths is None else "wherever a row is there"
-            raise _no_target(f"ignore_index = {self.ignore_index} {where}")
+            under = "" if mask is None else " under the loss_mask"
+            raise _no_target(f"ignore_index = {self.ignore_index} {where}{under}")
         self.scale = 1.0 / count
 
     def _cut(self, begin: int, end: int) -> Array:
-        return super()._cut(begin, end).astype(np.int64, copy=False)
+        classes = super()._cut(begin, end).astype(np.int64, copy=False)
+        if self._mask is None:
+            return classes
+        return np.where(self._mask.take(begin, end), classes, self.ignore_index)
 
     def narrow(self, begin: int, end: int) -> None:
         self.scale = 1.0 / max(1, self._count(begin, end))
@@ -290,6 +350,7 @@ class _Custom:
     """A loss of the user's, called with the outputs of a segment."""
 
     row_bytes = 0  # the user's own
+    in_pieces = False
 
     def narrow(self, begin: int, end: int) -> None:
         """Do nothing: what it is divided by is the user's affair."""

@@ -11,11 +11,21 @@ from fastbptt._arrays import as_size
 from fastbptt.model import Model
 from fastbptt.schedules import Needs
 
-# The core's blocks of this size and more take a multiple of the unit: fastbptt/buffer.h.
-_LARGE_BLOCK, _BLOCK_UNIT = 4 << 20, 64 << 10
+# The core's blocks of this size and more take a multiple of the unit, fastbptt/buffer.h; smaller
+# ones of a page.
+_LARGE_BLOCK, _BLOCK_UNIT, _PAGE = 4 << 20, 64 << 10, 4 << 10
+
+# Rows of time x batch that run in one call at least: enough for a call to cost nothing.
+RUN_AT_ONCE = 4096
+
+# Pieces of a recorded segment at most.
+_MOST_PIECES = 12
 
 # Of a kept state, beside its numbers: the objects of Python.
 _STATE_OVERHEAD = 512
+
+# Of a call: small objects of Python, and a part of the target while it is checked.
+_CALL_OVERHEAD = 48 << 10
 
 _UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
@@ -54,6 +64,11 @@ def available() -> int | None:
     return min(found, default=None)
 
 
+def steps_at_once(segment: int, B: int) -> int:
+    """Return how many of the steps of a segment are recorded, and reversed, in one call."""
+    return max(min(segment, max(1, RUN_AT_ONCE // B)), -(-segment // _MOST_PIECES))
+
+
 def needs_of(
     model: Model,
     T: int,
@@ -61,7 +76,8 @@ def needs_of(
     *,
     read_bytes: int = 0,
     target_bytes: int = 8,
-    logits: bool = False,
+    in_pieces: bool = True,
+    input_gradient: bool = False,
     batch: dict[str, Any] | None = None,
 ) -> Needs:
     """Return what training `model` takes.
@@ -75,35 +91,46 @@ def needs_of(
         Of a row of x at one step, where reading it makes a copy.
     target_bytes : int
         The same for the target.
-    logits : bool
-        Whether the outputs of a segment exist as a whole, and their gradient, as for a callable.
+    in_pieces : bool
+        Whether the loss is taken a piece at a time, and by the core; else the outputs of a segment
+        exist as a whole, and their gradient, as for a callable.
+    input_gradient : bool
+        Whether that of x is wanted; it always is for a model with an embedding.
     batch : dict, optional
         What the core is to know of the batch beside x.
     """
     layer, item = model.recurrent, model.dtype.itemsize
     states = layer.num_layers * layer.output_size * item * (2 if layer.kind == "LSTM" else 1)
-    # y, dL/dy, and what is made for the segment on both its sides.
-    row = 2 * layer.output_size * item + read_bytes + target_bytes
+    # y, and x where it is made, wait for the way back; the others are there for a piece only.
+    kept = layer.output_size * item + read_bytes
+    passing = layer.output_size * item + target_bytes
     if model.embedding is not None:
-        row += 8 + 2 * layer.input_size * item
+        kept += layer.input_size * item
+        passing += 8
+    if input_gradient or model.embedding is not None:
+        passing += layer.input_size * item
     out = layer.output_size if model.readout is None else model.readout.out_features
-    if logits:
-        row += 2 * out * item
+    if not in_pieces:
+        passing += 2 * out * item
     starts = 0
     if batch and "lengths" in batch:
-        row += 2 * layer.output_size * item + target_bytes  # the rows that are there, apart
+        passing += 2 * layer.output_size * item + target_bytes  # the rows that are there, apart
         # A tape holds the states where the number of rows changes, and where it begins.
         starts = (len(set(batch["lengths"].tolist())) + 1) * B * states
 
     tape_step = layer._stack.tape_nbytes(1, B)
 
     def fixed(longest: int) -> int:
+        piece = steps_at_once(longest, B) if in_pieces else longest
         readout = _core.readout_nbytes(
-            layer.output_size if model.readout is not None else 1, out, longest * B, item == 8
+            layer.output_size if model.readout is not None else 1, out, piece * B, item == 8
         )
-        # The present state, dL/dstate and what a call returns of both; the ends of large blocks.
-        ends = 3 * _BLOCK_UNIT if longest * tape_step >= _LARGE_BLOCK else 0
-        session = layer._stack.session(T, B, longest, batch)
-        return session.nbytes + readout + 4 * B * states + starts + ends
+        session = layer._stack.session(T, B, piece, batch).nbytes
+        # The present state, dL/dstate and what a call returns of both.
+        now = piece * B * passing + 4 * B * states
+        # The ends of blocks: of each piece its tape, y and x.
+        unit = _BLOCK_UNIT if piece * tape_step >= _LARGE_BLOCK else _PAGE
+        pieces = -(-longest // piece)
+        return session + readout + now + pieces * (starts + 3 * unit) + _CALL_OVERHEAD
 
-    return Needs(B * states + _STATE_OVERHEAD, tape_step + B * row, fixed)
+    return Needs(B * states + _STATE_OVERHEAD, tape_step + B * kept, fixed)

@@ -12,16 +12,13 @@ from numpy.typing import ArrayLike
 from fastbptt import _core
 from fastbptt._arrays import Array, as_array, as_lengths
 from fastbptt._part import Part
-from fastbptt.checkpointing import Checkpointed
+from fastbptt.checkpointing import Checkpointed, plan
 from fastbptt.losses import Loss, Objective, make_objective
-from fastbptt.memory import as_text, available, needs_of
+from fastbptt.memory import RUN_AT_ONCE, as_text, available, needs_of, steps_at_once
 from fastbptt.model import Model
 from fastbptt.schedules import Action, Full, Needs, Schedule, Truncated
 from fastbptt.segmented import Segmented, run_segmented
 from fastbptt.source import Source, is_lazy
-
-# Rows of time x batch that run at once where nothing is kept: enough for a call to cost nothing.
-_RUN_AT_ONCE = 4096
 
 # Schedules that do not run all of time at once.
 _CUTTING = (Checkpointed, Truncated, Segmented)
@@ -62,6 +59,7 @@ def value_and_grad(
     resets: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     seed: int | None = None,
+    loss_mask: Any = None,
 ) -> ValueAndGrad:
     """Return the loss of a sequence and its gradient by backpropagation through time.
 
@@ -104,10 +102,15 @@ def value_and_grad(
     resets, mask : array_like of bool, optional
         `[T, B]`, with `batch_first` `[B, T]`: before which steps a row's state begins anew, and
         which steps there are, as the call of the recurrent layer takes them. A step that is
-        missing has an output, and its target counts, unless it is `ignore_index`.
+        missing has an output, and its target counts, unless `ignore_index` or `loss_mask` says
+        that it does not.
     seed : int, optional
         Of what training draws at random, where the layer does: the same seed draws the same, with
         every schedule but `Segmented`. By default a new one, which the layer's own seed decides.
+    loss_mask : array_like of bool, optional
+        `[T, B]`, with `batch_first` `[B, T]`: the steps of each row whose loss counts, for a named
+        loss, which is the mean over them. What `target` has at the others is never looked at. Like
+        x it may be anything with `shape`, `dtype` and slices over time.
 
     Returns
     -------
@@ -144,7 +147,7 @@ def value_and_grad(
     source = _Input(model, x)
     batch = _batch_of(model, source, lengths, resets, mask, seed, training=True)
     objective = make_objective(
-        loss, model, target, source.T, source.B, ignore_index, batch.get("lengths")
+        loss, model, target, source.T, source.B, ignore_index, batch.get("lengths"), loss_mask
     )
     if grad_x is not None:
         _check_grad_x(grad_x, source, model)
@@ -158,16 +161,20 @@ def value_and_grad(
         source.B,
         read_bytes=source.row_bytes(),
         target_bytes=objective.row_bytes,
-        logits=callable(loss),
+        in_pieces=_in_pieces(model, objective),
+        input_gradient=grad_x is not None,
         batch=batch,
     )
     if schedule is None:
         schedule = Full() if model.recurrent.bidirectional else _fitting(source.T, needs)
     longest = source.T
     if isinstance(schedule, Checkpointed):
-        longest = min(longest, schedule.division(source.T, needs)[1])
+        slots, segment = schedule.division(source.T, needs)
+        longest, actions = min(longest, segment), plan(source.T, slots, segment)
+    else:
+        actions = schedule.plan(source.T, needs)
     run = _Run(model, source, objective, state, longest, batch, grad_x=grad_x)
-    for action in schedule.plan(source.T, needs):
+    for action in actions:
         run.do(action)
     return run.result(source.T, source.T)
 
@@ -185,6 +192,7 @@ def each_window(
     resets: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     seed: int | None = None,
+    loss_mask: Any = None,
 ) -> Iterator[ValueAndGrad]:
     """Yield loss and gradient window by window, so that the parameters may change in between.
 
@@ -193,7 +201,7 @@ def each_window(
 
     Parameters
     ----------
-    model, x, target, loss, state, ignore_index, lengths, resets, mask, seed
+    model, x, target, loss, state, ignore_index, lengths, resets, mask, seed, loss_mask
         As for `value_and_grad`.
     schedule : Truncated
         Its windows.
@@ -229,7 +237,7 @@ def each_window(
     source = _Input(model, x)
     batch = _batch_of(model, source, lengths, resets, mask, seed, training=True)
     objective = make_objective(
-        loss, model, target, source.T, source.B, ignore_index, batch.get("lengths")
+        loss, model, target, source.T, source.B, ignore_index, batch.get("lengths"), loss_mask
     )
     return _windows(model, source, objective, state, schedule, batch)
 
@@ -298,6 +306,7 @@ def evaluate(
     lengths: ArrayLike | None = None,
     resets: ArrayLike | None = None,
     mask: ArrayLike | None = None,
+    loss_mask: Any = None,
 ) -> tuple[float, Any]:
     """Return the loss of a sequence, without its gradient. Nothing is dropped.
 
@@ -306,7 +315,7 @@ def evaluate(
 
     Parameters
     ----------
-    model, x, target, loss, state, ignore_index, lengths, resets, mask
+    model, x, target, loss, state, ignore_index, lengths, resets, mask, loss_mask
         As for `value_and_grad`; of what a callable `loss` returns, only the value is used.
 
     Returns
@@ -338,12 +347,12 @@ def evaluate(
     source = _Input(model, x)
     batch = _batch_of(model, source, lengths, resets, mask)
     objective = make_objective(
-        loss, model, target, source.T, source.B, ignore_index, batch.get("lengths")
+        loss, model, target, source.T, source.B, ignore_index, batch.get("lengths"), loss_mask
     )
     value = 0.0
     steps = source.T
     if not model.recurrent.bidirectional:
-        steps = min(steps, max(1, _RUN_AT_ONCE // source.B))
+        steps = min(steps, max(1, RUN_AT_ONCE // source.B))
     session = model.recurrent._stack.session(source.T, source.B, steps, batch)
     if state is not None:
         state = model.recurrent._as_state("state", state)
@@ -352,6 +361,11 @@ def evaluate(
         y, state = session.advance(source.vectors(begin, end), state, begin)
         value += objective(y, begin, end, None)[0]
     return value, state
+
+
+def _in_pieces(model: Model, objective: Objective) -> bool:
+    """Whether a segment may be run in pieces: a direction back in time needs the whole of it."""
+    return objective.in_pieces and not model.recurrent.bidirectional
 
 
 def _check_cuts(model: Model, schedule: Any, lengths: Any) -> None:
@@ -451,8 +465,8 @@ def _classes(model: Model, rows: int, x: Any) -> Array:
     return model._index(x)
 
 
-class _Segment(NamedTuple):
-    """Recorded steps `[t0, t1)`, not reversed yet."""
+class _Piece(NamedTuple):
+    """Steps `[t0, t1)` that were recorded in one call."""
 
     t0: int
     t1: int
@@ -460,11 +474,20 @@ class _Segment(NamedTuple):
     tape: _core.Tape
 
 
+class _Segment(NamedTuple):
+    """Recorded steps `[t0, t1)`, not reversed yet."""
+
+    t0: int
+    t1: int
+    pieces: list[_Piece]
+
+
 class _Run:
     """Does the actions of a plan, and adds up loss and gradients.
 
     Readout and loss are run when a segment is reversed: until then only its tape, with its input
-    and output, exists.
+    and output, exists. A long segment is a row of pieces, so that what is made on the way back, the
+    gradient of y above all, is never as long as the segment, and each tape goes when it has served.
     """
 
     def __init__(
@@ -488,8 +511,10 @@ class _Run:
         for name in ("resets", "mask"):
             if name in batch:
                 batch = {**batch, name: batch[name][:T]}
-        self._session = model.recurrent._stack.session(T, source.B, longest, batch, begin)
-        self._advanced_at_once = min(longest, max(1, _RUN_AT_ONCE // source.B))
+        in_pieces = _in_pieces(model, objective)
+        self._at_once = steps_at_once(longest, source.B) if in_pieces else longest
+        self._session = model.recurrent._stack.session(T, source.B, self._at_once, batch, begin)
+        self._advanced_at_once = min(self._at_once, max(1, RUN_AT_ONCE // source.B))
         self._t = begin  # the present state is that before step _t
         self._state = None if state is None else model.recurrent._as_state("state", state)
         self._furthest = begin, self._state  # the last state there was
@@ -518,10 +543,14 @@ class _Run:
                     self._move_to(end, state)
             case "record":
                 self._expect(action, self._t == action.t0)
-                x = self._source.vectors(action.t0, action.t1)
-                y, state, tape = self._session.record(x, self._state, action.t0)
-                self._segments.append(_Segment(action.t0, action.t1, y, tape))
-                self._move_to(action.t1, state)
+                pieces: list[_Piece] = []
+                for begin in range(action.t0, action.t1, self._at_once):
+                    end = min(begin + self._at_once, action.t1)
+                    x = self._source.vectors(begin, end)
+                    y, state, tape = self._session.record(x, self._state, begin)
+                    pieces.append(_Piece(begin, end, y, tape))
+                    self._move_to(end, state)
+                self._segments.append(_Segment(action.t0, action.t1, pieces))
             case "reverse":
                 self._reverse(action)
             case "store":
@@ -547,35 +576,39 @@ class _Run:
     def _reverse(self, action: Action) -> None:
         top = self._segments[-1] if self._segments else None
         self._expect(action, top is not None and (top.t0, top.t1) == (action.t0, action.t1))
-        segment = self._segments.pop()
+        pieces = self._segments.pop().pieces
+        loss_from = action.t0 if action.loss_from is None else action.loss_from
+        while pieces:
+            self._reverse_piece(pieces.pop(), loss_from)
+
+    def _reverse_piece(self, piece: _Piece, loss_from: int) -> None:
         grad_state = None
-        if self._error is not None and self._error[0] == action.t1:
+        if self._error is not None and self._error[0] == piece.t1:
             grad_state = self._error[1]
-        begin = action.t0 if action.loss_from is None else action.loss_from
-        grad_y = self._take_loss(segment, begin)
+        grad_y = self._take_loss(piece, max(piece.t0, loss_from))
         embedded = self._model.embedding is not None
         grad_x, state = self._session.reverse(
-            segment.tape, grad_y, grad_state, embedded or self._grad_x is not None
+            piece.tape, grad_y, grad_state, embedded or self._grad_x is not None
         )
-        self._error = (action.t0, state)
+        self._error = (piece.t0, state)
         if embedded:
             assert grad_x is not None
-            index = self._source.classes(action.t0, action.t1)
+            index = self._source.classes(piece.t0, piece.t1)
             _core.embedding_backward(index, grad_x, self._embedding_grads["weight"])
         elif self._grad_x is not None:
-            self._grad_x[action.t0 : action.t1] += grad_x
+            self._grad_x[piece.t0 : piece.t1] += grad_x
 
-    def _take_loss(self, segment: _Segment, begin: int) -> Array | None:
-        """Add the loss of the steps from `begin` on; return the gradient for the whole segment."""
-        if begin >= segment.t1:
+    def _take_loss(self, piece: _Piece, begin: int) -> Array | None:
+        """Add the loss of the steps from `begin` on; return the gradient for the whole piece."""
+        if begin >= piece.t1:
             return None
-        skipped = begin - segment.t0
-        value, grad = self._objective(segment.y[skipped:], begin, segment.t1, self._readout_grads)
+        skipped = begin - piece.t0
+        value, grad = self._objective(piece.y[skipped:], begin, piece.t1, self._readout_grads)
         self._loss += value
-        self._steps_with_loss += segment.t1 - begin
+        self._steps_with_loss += piece.t1 - begin
         if skipped == 0:
             return grad
-        whole = np.zeros_like(segment.y)
+        whole = np.zeros_like(piece.y)
         whole[skipped:] = grad
         return whole
 

@@ -38,6 +38,7 @@ struct ReadoutLoss {
   const std::int64_t* classes;  // cross_entropy: [rows]
   std::int64_t ignore_index;    // a class that does not count
   const S* values;              // mse: [rows, N]
+  const bool* counts;           // mse: [rows], whether a row counts; null: all do
   double scale;
   S* grad_x;       // [rows, K], written; null for the loss alone
   S* grad_weight;  // [N, K], added to

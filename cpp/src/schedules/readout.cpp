@@ -116,12 +116,17 @@ class Blocks {
   Buffer<S> sums_, values_, scratch_, packed_, columns_;
 };
 
-// Overwrites rows of predictions by the gradient of scale * sum of squares; returns the sum, not
-// scaled.
+// Overwrites rows of predictions by the gradient of scale * sum of squares, over the rows that
+// count; returns the sum, not scaled.
 template <class S>
-double squared_error(Index n, Index N, S* prediction, Index step, const S* target, double scale) {
+double squared_error(Index n, Index N, S* prediction, Index step, const S* target,
+                     const bool* counts, double scale) {
   double sum = 0;
   for (Index r = 0; r < n; ++r, prediction += step, target += N) {
+    if (counts && !counts[r]) {
+      std::fill_n(prediction, N, S(0));
+      continue;
+    }
     for (Index i = 0; i < N; ++i) {
       const S difference = prediction[i] - target[i];
       sum += double(difference) * double(difference);
@@ -192,7 +197,8 @@ double readout_loss(const ReadoutLoss<S>& job, Interrupt interrupt) {
         sums[p] += job.loss == Loss::cross_entropy
                        ? kernels().rows<S>().cross_entropy(n, N, values, step, job.classes + first,
                                                            job.ignore_index, job.scale)
-                       : squared_error(n, N, values, step, job.values + first * N, job.scale);
+                       : squared_error(n, N, values, step, job.values + first * N,
+                                       job.counts ? job.counts + first : nullptr, job.scale);
         if (!job.grad_x) return;
         if (!readout.weight) {
           for (Index r = 0; r < n; ++r) {

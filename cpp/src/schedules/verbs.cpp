@@ -136,9 +136,14 @@ bool asked_to_stop(StopFlag& stop, const Team& team) {
   return stop.is_set();
 }
 
+// A few chunks are alike: a short one at the end reads and writes the weight gradients as often as
+// a long one.
 Index chunk_steps(const StackShape& s, Index rows, Index T) {
   const double most = std::min({double(chunk_rows), chunk_flops / step_flops(s), double(T) * rows});
-  return std::max<Index>(1, static_cast<Index>(most) / rows);
+  const Index steps = std::max<Index>(1, static_cast<Index>(most) / rows);
+  if (T >= 4 * steps) return steps;
+  const Index chunks = std::max<Index>(1, (2 * T + steps) / (2 * steps));
+  return std::max<Index>(1, (T + chunks - 1) / chunks);
 }
 
 // Where the parts of a tape lie: each layer's own, then y of every layer but the last, each block
