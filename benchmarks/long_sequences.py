@@ -203,7 +203,7 @@ def _segmented(rounds: int) -> list[Point]:
     fb.set_num_threads(2)
     I, H = SEGMENTED.I, SEGMENTED.H  # noqa: E741
     rng = np.random.default_rng(1)
-    mixed = rng.standard_normal(I, dtype=np.float32) / np.sqrt(I)
+    mixed = (rng.standard_normal(I) / np.sqrt(I)).astype(np.float32)
 
     def data(T: int, B: int) -> tuple[Any, Any]:
         x = rng.standard_normal((T, B, I), dtype=np.float32)
