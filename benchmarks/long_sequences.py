@@ -101,7 +101,7 @@ def _little_memory(rounds: int) -> tuple[list[Figure], list[str]]:
     ]
     slots, segment = one_percent.division(T, needs)
     notes = [
-        f"Full's tape at {SHORT.sizes} is {as_text(tape)}, with y and dL/dy. 1 % of it, "
+        f"Full's tape at {SHORT.sizes} is {as_text(tape)}, with y. 1 % of it, "
         f"{as_text(share)}, is what states and tape get: {slots} slots and segments of {segment} "
         f"steps. Packed weights, sums of weight gradients and the like are there besides, whatever "
         f"the schedule: {as_text(fixed)}, which is {fixed / tape:.1%} of that tape. So `memory=` "
@@ -260,8 +260,8 @@ def main() -> None:
     here = machine()
     versions = [f"{name} {version(name)}" for name in ("fastbptt", "torch") if installed(name)]
     command = (
-        "python benchmarks/long_sequences.py --markdown docs/long-sequences.md "
-        "--plot docs/segmented.png"
+        f"python benchmarks/long_sequences.py --rounds {options.rounds} "
+        "--markdown docs/long-sequences.md --plot docs/segmented.png"
     )
     rows = [figure.row() for found, _ in parts for figure in found]
     paragraphs = [line for _, lines in parts for note in lines for line in (note, "")]
@@ -271,7 +271,7 @@ def main() -> None:
             "",
             f"{here['cpu']}, {here['cpus']} CPUs; {here['system']}, Python {here['python']}; "
             f"{', '.join(versions)}; {here['isa']}, float32, 1 thread "
-            f"unless said otherwise; rounds: {options.rounds}.",
+            "unless said otherwise.",
             "",
             "| figure | measured | wanted | |",
             "| --- | ---: | ---: | --- |",
