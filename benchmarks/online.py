@@ -32,6 +32,7 @@ FIRST, LAST = "<!-- rules -->\n", "<!-- end of rules -->"
 B, HIDDEN, LR, MAX_NORM = 4, 24, 0.005, 1.0
 SYMBOLS = 4
 IGNORED = -100
+TICKS = [10, 30, 100, 300, 1000]
 
 Data = tuple[np.ndarray, np.ndarray]
 
@@ -222,6 +223,9 @@ def plot(path: Path, results: list[Result]) -> None:
             )
         axes.axhline(task.chance, color="grey", linestyle=":")
         axes.set(xscale="log", xlabel="a step, microseconds", ylabel=task.unit, title=task.name)
+        axes.set_xticks([], minor=True)
+        axes.set_xticks(TICKS, [str(tick) for tick in TICKS])
+        axes.set_xlim(TICKS[0], TICKS[-1])
         axes.set_ylim(bottom=0)
         axes.grid(visible=True, alpha=0.3)
     figure.axes[0].legend(fontsize="small")
@@ -236,9 +240,8 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE")
     options = parser.parse_args()
     fb.set_num_threads(1)
-    start = time.perf_counter()
     results = measure(options.seeds, options.steps)
-    minutes = (time.perf_counter() - start) / 60
+    minutes = sum(r.seconds for r in results) * options.steps * options.seeds / 60
     here = machine()
     block = "\n".join(
         [
@@ -246,7 +249,8 @@ def main() -> None:
             "",
             f"{here['cpu']}; {here['isa']}, float32, 1 thread; LSTM of {HIDDEN} units, {B} "
             f"streams, {options.steps} steps, Adam with lr = {LR}, norm clipped to {MAX_NORM:g}; "
-            f"{options.seeds} seeds: median (smallest to largest). {minutes:.0f} minutes in all.",
+            f"{options.seeds} seeds: median (smallest to largest). {minutes:.0f} minutes "
+            "of processor time in all, and a step is that of all streams, with Adam.",
             "",
             *table(results),
             "",
