@@ -73,7 +73,7 @@ def main() -> int:
             f"| `{rule!r}` | {first * 1e6:.1f} us | {last * 1e6:.1f} us | {growth / 1e3:.0f} kB |"
         )
         print(lines[-1], flush=True)
-    block = "\n".join([*lines, ""])
+    block = "\n".join([*lines, "", ""])
     if options.markdown is not None:
         put_between(options.markdown, FIRST, LAST, block)
     return int(grew)

@@ -254,6 +254,7 @@ def main() -> None:
             "",
             *table(results),
             "",
+            "",
         ]
     )
     print(block)

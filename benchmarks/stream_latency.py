@@ -154,7 +154,7 @@ def main() -> None:
         lines.append(
             f"| {name} | {cell(alone)} | {cell(learned)} | {cell(other[0])} | {cell(other[1])} |"
         )
-    block = "\n".join([*lines, ""])
+    block = "\n".join([*lines, "", ""])
     print(block)
     if options.markdown is not None:
         put_between(options.markdown, FIRST, LAST, block)
