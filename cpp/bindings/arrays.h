@@ -4,9 +4,11 @@
 #include <pybind11/pybind11.h>
 
 #include <initializer_list>
+#include <memory>
 #include <string>
 #include <vector>
 
+#include "fastbptt/buffer.h"
 #include "fastbptt/recurrent.h"
 
 namespace fastbptt::bindings {
@@ -64,6 +66,21 @@ py::array checked(const char* name, const py::handle& object, std::initializer_l
                           ", wanted " + shape_text(shape));
   }
   return array;
+}
+
+// A new array for a result, not initialised. A large one lies in a buffer of the library's, whose
+// memory serves the next training step once the caller has let go of it.
+template <class S>
+py::array new_array(const std::vector<Index>& shape) {
+  constexpr Index large = Index(256) << 10;
+  Index size = 1;
+  for (const Index n : shape) size *= n;
+  if (size * Index(sizeof(S)) < large) return py::array(py::dtype::of<S>(), shape);
+  auto buffer = std::make_unique<Buffer<S>>(size);
+  S* const data = buffer->data();
+  py::capsule owner(buffer.get(), [](void* p) { delete static_cast<Buffer<S>*>(p); });
+  buffer.release();
+  return py::array(py::dtype::of<S>(), shape, data, owner);
 }
 
 template <class S>

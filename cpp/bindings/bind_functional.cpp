@@ -82,7 +82,7 @@ class Verbs {
   // The memory of a tape, with the care that the library takes of its own: large ones are made of
   // huge pages, and wait for the next training step.
   py::array new_tape(Index size) const {
-    return is_double_ ? new_tape_of<double>(size) : new_tape_of<float>(size);
+    return is_double_ ? new_array<double>({size}) : new_array<float>({size});
   }
 
   void forward(Index T, Index B, Address batch_sizes, const SequenceAddress& x, Address h,
@@ -139,15 +139,6 @@ class Verbs {
   }
 
  private:
-  template <class S>
-  py::array new_tape_of(Index size) const {
-    auto buffer = std::make_unique<Buffer<S>>(size);
-    S* const data = buffer->data();
-    py::capsule owner(buffer.get(), [](void* p) { delete static_cast<Buffer<S>*>(p); });
-    buffer.release();
-    return py::array(py::dtype::of<S>(), std::vector<Index>{size}, data, owner);
-  }
-
   static Batch batch(Index T, Index B, const std::vector<Index>& lengths) {
     const bool packed = !lengths.empty();
     return {T, B, packed ? lengths.data() : nullptr, packed};

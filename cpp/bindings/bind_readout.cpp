@@ -23,10 +23,11 @@ py::array checked_rows(const char* name, const py::array& x, Index K) {
   return contiguous(checked<S>(name, x, {-1, -1, K}));
 }
 
+template <class S>
 py::array like(const py::array& x, Index last) {
   std::vector<Index> shape = shape_of(x);
   shape.back() = last;
-  return py::array(x.dtype(), shape);
+  return new_array<S>(shape);
 }
 
 // The readout's parameters, held while the work runs.
@@ -54,7 +55,7 @@ py::array bind_linear(const py::array& x, const py::array& weight, Optional bias
     using S = decltype(scalar);
     const Parameters<S> parameters(weight, bias);
     const py::array rows = checked_rows<S>("x", x, parameters.weight.shape(1));
-    py::array y = like(rows, parameters.weight.shape(0));
+    py::array y = like<S>(rows, parameters.weight.shape(0));
     const Linear<S> layer = parameters.layer(rows);
     S* out = mutable_data<S>("y", y);
     without_gil([&](Interrupt interrupt) { linear(layer, out, cuts, interrupt); });
@@ -80,7 +81,7 @@ py::array bind_linear_backward(const py::array& x, const py::array& weight, cons
       throw py::value_error("grad_y: got shape " + shape_text(shape_of(grad_y)) +
                             ", which does not fit x of shape " + shape_text(shape_of(x)));
     }
-    py::array grad_x = like(rows, K);
+    py::array grad_x = like<S>(rows, K);
     S* out = mutable_data<S>("grad_x", grad_x);
     S* to_weight = grad_data<S>("grad_weight", grad_weight, {N, K});
     S* to_bias = grad_data<S>("grad_bias", grad_bias, {N});
@@ -134,7 +135,7 @@ py::tuple bind_readout_loss_of(Loss loss, const py::array& y, Optional weight, O
   job.scale = scale;
   py::object grad = py::none();
   if (need_grad) {
-    py::array grad_y = like(rows, K);
+    py::array grad_y = like<S>(rows, K);
     job.grad_x = mutable_data<S>("grad_y", grad_y);
     grad = grad_y;
     if (job.readout.weight) {

@@ -255,19 +255,14 @@ class Stack {
     return result;
   }
 
-  template <class S>
-  py::array new_array(Index a, Index b, Index c) const {
-    return py::array(py::dtype::of<S>(), std::vector<Index>{a, b, c});
-  }
-
   // A new state for results, and the object that the caller gets for it.
   template <class S>
   std::pair<State<S>, py::object> new_state(Index B) const {
     const Index K = shape_.layers(), H = shape_.hidden_size;
-    py::array h = new_array<S>(K, B, H);
+    py::array h = new_array<S>({K, B, H});
     State<S> view{static_cast<S*>(h.mutable_data()), nullptr};
     if (!has_cell_state(shape_.cell)) return {view, std::move(h)};
-    py::array c = new_array<S>(K, B, H);
+    py::array c = new_array<S>({K, B, H});
     view.c = static_cast<S*>(c.mutable_data());
     return {view, py::make_tuple(std::move(h), std::move(c))};
   }
@@ -299,7 +294,7 @@ class Stack {
     }
     const Index F = y_width();
     call.initial = checked_state<S>("state", state, B);
-    call.y = batch_first ? new_array<S>(B, T, F) : new_array<S>(T, B, F);
+    call.y = batch_first ? new_array<S>({B, T, F}) : new_array<S>({T, B, F});
     auto [final, object] = new_state<S>(B);
     call.final_state = std::move(object);
     const Sequence<S> y{static_cast<S*>(call.y.mutable_data()), batch_first ? F : B * F,
@@ -390,7 +385,7 @@ class Stack {
     py::object grad_x = py::none();
     Sequence<S> dx;
     if (need_x) {
-      py::array array = new_array<S>(first, second, I);
+      py::array array = new_array<S>({first, second, I});
       dx = {static_cast<S*>(array.mutable_data()), batch_first ? I : B * I,
             batch_first ? T * I : I};
       grad_x = std::move(array);
@@ -431,7 +426,7 @@ class Stack {
         grads.append(py::none());
         continue;
       }
-      py::array grad(weights_[i]->dtype(), shape_of(*weights_[i]));
+      py::array grad = new_array<S>(shape_of(*weights_[i]));
       S* const values = static_cast<S*>(grad.mutable_data());
       std::fill(values, values + grad.size(), S(0));
       to[i / weights_a_layer].*weight_member<S>[i % weights_a_layer] = values;

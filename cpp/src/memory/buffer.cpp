@@ -40,11 +40,17 @@ std::size_t available_memory() {
   return available;
 }
 
-std::size_t alignment_of(std::size_t bytes) { return bytes >= huge_from ? huge_page : 64; }
+// Freed blocks of this size and more are kept for the next step; smaller ones the allocator keeps.
+constexpr std::size_t kept_from = std::size_t(256) << 10;
+constexpr std::size_t page = 4096;
+
+std::size_t alignment_of(std::size_t bytes) {
+  return bytes >= huge_from ? huge_page : bytes >= kept_from ? page : 64;
+}
 
 // Large blocks end where a page does, of whatever size: the system is told about whole pages.
 std::size_t rounded(std::size_t bytes) {
-  const std::size_t unit = bytes >= huge_from ? large_block_unit : 64;
+  const std::size_t unit = bytes >= huge_from ? large_block_unit : bytes >= kept_from ? page : 64;
   return (bytes + unit - 1) / unit * unit;
 }
 
@@ -59,10 +65,27 @@ void* from_system(std::size_t bytes) {
   return data;
 }
 
+std::atomic<std::size_t> live{0};
+std::atomic<std::size_t> most_live{0};  // since the last reset
+std::atomic<std::size_t> most_ever{0};
+
+void raise(std::atomic<std::size_t>& most, std::size_t now) {
+  std::size_t before = most.load(std::memory_order_relaxed);
+  while (now > before && !most.compare_exchange_weak(before, now, std::memory_order_relaxed)) {
+  }
+}
+
+void count(std::size_t bytes) {
+  const std::size_t now = live.fetch_add(bytes, std::memory_order_relaxed) + bytes;
+  raise(most_live, now);
+  raise(most_ever, now);
+}
+
 #if defined(MADV_FREE) && !defined(__SANITIZE_ADDRESS__)
-// Large blocks that were freed, for the next training step, which wants the same again: to get them
-// from the system each time costs a tenth of a step, and half of one where it has to move other
-// pages to make huge ones. While they lie here the system may take their pages (MADV_FREE).
+// Blocks that were freed, for the next training step, which wants the same again: to get them from
+// the system each time costs a tenth of a step, and half of one where it has to move other pages to
+// make huge ones. While they lie here the system may take their pages (MADV_FREE). What lies here
+// and what is in use never come to more than one and a half times what was in use at once.
 class FreeBlocks {
  public:
   // A block of exactly this size, or null.
@@ -70,32 +93,63 @@ class FreeBlocks {
     const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
     if (!lock) return nullptr;
     for (Block& block : blocks_) {
-      if (block.bytes == bytes) return std::exchange(block, Block{}).data;
+      if (block.bytes == bytes) return remove(block);
     }
     return nullptr;
   }
-  // Keeps it, and frees the one that has been here longest.
   void put(void* data, std::size_t bytes) noexcept {
-    madvise(data, bytes, MADV_FREE);
-    {
-      // Never waits: after a fork another thread's lock may stay locked for good.
-      const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
-      if (lock) {
-        data = std::exchange(blocks_[oldest_], Block{data, bytes}).data;
-        oldest_ = (oldest_ + 1) % blocks_.size();
-      }
+    // Never waits: after a fork another thread's lock may stay locked for good.
+    const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (!lock) return std::free(data);
+    Block* free = nullptr;
+    for (Block& block : blocks_) {
+      if (!block.data) free = &block;
     }
-    std::free(data);
+    if (!free) free = &victim();
+    std::free(remove(*free));
+    *free = {data, bytes, ++puts_};
+    bytes_ += bytes;
+    shrink();
+    if (free->data == data) madvise(data, bytes, MADV_FREE);
+  }
+  // Frees some while, with what is in use, there are too many.
+  void make_room() noexcept {
+    const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (lock) shrink();
   }
 
  private:
   struct Block {
     void* data = nullptr;
     std::size_t bytes = 0;
+    std::size_t put = 0;
   };
+
+  void* remove(Block& block) noexcept {
+    bytes_ -= block.bytes;
+    return std::exchange(block, Block{}).data;
+  }
+  // The newest: steps ask for the same blocks in turn, and to give up the oldest would be to give up
+  // each just before it is wanted. But first what nobody has asked for in a long time.
+  Block& victim() noexcept {
+    Block *oldest = nullptr, *newest = nullptr;
+    for (Block& block : blocks_) {
+      if (!block.data) continue;
+      if (!oldest || block.put < oldest->put) oldest = &block;
+      if (!newest || block.put > newest->put) newest = &block;
+    }
+    return puts_ - oldest->put > 4 * blocks_.size() ? *oldest : *newest;
+  }
+  void shrink() noexcept {
+    const std::size_t used = live.load(std::memory_order_relaxed);
+    const std::size_t most = most_ever.load(std::memory_order_relaxed);
+    while (bytes_ > 0 && used + bytes_ > most + most / 2) std::free(remove(victim()));
+  }
+
   std::mutex mutex_;
-  std::array<Block, 4> blocks_;  // a step's tape, and the packed weights forward and back
-  std::size_t oldest_ = 0;
+  std::array<Block, 32> blocks_;  // a step's tape, packed weights, outputs and gradients
+  std::size_t puts_ = 0;
+  std::size_t bytes_ = 0;
 };
 
 FreeBlocks& free_blocks() {
@@ -106,27 +160,20 @@ FreeBlocks& free_blocks() {
 struct FreeBlocks {
   void* take(std::size_t) noexcept { return nullptr; }
   void put(void* data, std::size_t) noexcept { std::free(data); }
+  void make_room() noexcept {}
 };
 FreeBlocks free_blocks() { return {}; }
 #endif
-
-std::atomic<std::size_t> live{0};
-std::atomic<std::size_t> most_live{0};
-
-void count(std::size_t bytes) {
-  const std::size_t now = live.fetch_add(bytes, std::memory_order_relaxed) + bytes;
-  std::size_t most = most_live.load(std::memory_order_relaxed);
-  while (now > most && !most_live.compare_exchange_weak(most, now, std::memory_order_relaxed)) {
-  }
-}
 
 }  // namespace
 
 void* allocate_aligned(std::size_t bytes) {
   bytes = rounded(bytes);
-  void* data = bytes >= huge_from ? free_blocks().take(bytes) : nullptr;
-  if (!data) data = from_system(bytes);
+  void* data = bytes >= kept_from ? free_blocks().take(bytes) : nullptr;
+  const bool fresh = !data;
+  if (fresh) data = from_system(bytes);
   count(bytes);
+  if (fresh && bytes >= kept_from) free_blocks().make_room();
   return data;
 }
 
@@ -134,7 +181,7 @@ void free_aligned(void* data, std::size_t bytes) noexcept {
   if (!data) return;
   bytes = rounded(bytes);
   live.fetch_sub(bytes, std::memory_order_relaxed);
-  if (bytes >= huge_from) return free_blocks().put(data, bytes);
+  if (bytes >= kept_from) return free_blocks().put(data, bytes);
   std::free(data);
 }
 
