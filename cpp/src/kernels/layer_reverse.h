@@ -386,7 +386,7 @@ class ReverseLayer {
   void weight_gradients(Index j) {
     const Index B = job_.batch, I = panels_.I, H = panels_.H;
     // Few enough steps at a time that their gate gradients stay in L1 for all columns.
-    const Index rows = panel_bytes / (Index(sizeof(S)) * width);
+    const Index rows = 4 * panel_bytes / (Index(sizeof(S)) * width);
     const Index most = rows > B ? rows / B : 1;
     for (Index end = job_.steps; end > 0; end -= most) {
       const Index begin = end > most ? end - most : 0;

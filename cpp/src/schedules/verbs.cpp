@@ -32,8 +32,8 @@ constexpr Index chunk_rows = 256;
 // Rows of time x batch up to which packing the weights costs more than it saves.
 constexpr Index direct_rows = 8;
 
-// Work between two looks for an interrupt: a few hundredths of a second on a slow core.
-constexpr double chunk_flops = 5e8;
+// Work between two looks for an interrupt: half a second on a slow core.
+constexpr double chunk_flops = 5e9;
 
 // Rows a thread below which the weights are read so often that it is better to share them out.
 constexpr Index rows_a_thread = 4;
