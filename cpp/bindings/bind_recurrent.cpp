@@ -427,9 +427,8 @@ class Stack {
         continue;
       }
       py::array grad = new_array<S>(shape_of(*weights_[i]));
-      S* const values = static_cast<S*>(grad.mutable_data());
-      std::fill(values, values + grad.size(), S(0));
-      to[i / weights_a_layer].*weight_member<S>[i % weights_a_layer] = values;
+      to[i / weights_a_layer].*weight_member<S>[i % weights_a_layer] =
+          static_cast<S*>(grad.mutable_data());
       grads.append(std::move(grad));
     }
     py::gil_scoped_release release;

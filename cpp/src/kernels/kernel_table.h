@@ -90,6 +90,7 @@ struct ReverseJob {
   const S* peephole;         // [P, H], null: none
   Team team;
   S* scratch;           // reverse_scratch elements, begun
+  bool fresh;           // the first run since then: nothing has been gathered yet
   bool weights = true;  // whether the weight gradients are wanted
   StepOptions<S> options{};
 };
@@ -109,8 +110,9 @@ struct LayerKernels {
   Index (*reverse_scratch)(const LayerShape&, Index steps, Index batch, int team);
   void (*reverse_begin)(const LayerShape&, S* scratch);
   void (*reverse)(const ReverseJob<S>&);
-  // Adds the weight gradients that the scratch has gathered since reverse_begin to `grad`.
-  void (*reverse_finish)(const LayerShape&, const S* scratch, const Weights<S>& grad);
+  // Writes the weight gradients that the scratch has gathered since reverse_begin to `grad`, or
+  // adds them.
+  void (*reverse_finish)(const LayerShape&, const S* scratch, bool add, const Weights<S>& grad);
 
   // draw_mask of fastbptt/random.h.
   void (*draw_mask)(std::uint64_t key, const Place& place, double p, S kept, Index n, S* mask);

@@ -20,8 +20,9 @@ class ForwardLayer {
  public:
   static Index scratch(const LayerShape& s, Index steps, Index batch, int team) {
     const Panels<S, Cell> panels(s);
-    // For this many rows or fewer.
-    const Index ahead = panels.count() * steps * (batch < few_rows ? batch : few_rows) * width;
+    // Of several parts some may have fewer rows than others.
+    const Index rows = x_goes_ahead(panels, batch) || batch < few_rows ? batch : few_rows;
+    const Index ahead = panels.count() * steps * rows * width;
     const Index phases =
         Cell::two_phases ? batch * (2 * panels.blocks() * p + Cell::tape * s.hidden_size) : 0;
     return ahead + team * batch * width + phases + StepView<S>::scratch(s, batch);
@@ -33,7 +34,7 @@ class ForwardLayer {
   explicit ForwardLayer(const ForwardJob<S>& job)
       : job_(job),
         panels_(job.shape),
-        ahead_(job.packed && x_goes_ahead(job.batch)),
+        ahead_(job.packed && x_goes_ahead(panels_, job.batch)),
         sums_of_x_(job.scratch),
         shared_sums_(sums_of_x_ + (ahead_ ? panels_.count() * job.steps * job.batch * width : 0)),
         sums_(shared_sums_ + job.team.rank * job.batch * width),
@@ -45,9 +46,13 @@ class ForwardLayer {
               kept_ + (Cell::two_phases ? job.batch * Cell::tape * panels_.H : 0)) {}
 
   static constexpr Index few_rows = tile_rows(Cell::h_count);
-  // With so few rows that each panel serves a single tile, the input product runs ahead over all
-  // steps, where a panel serves many.
-  static bool x_goes_ahead(Index batch) { return batch <= few_rows; }
+  // With so few rows that each panel serves a single tile, or weights that do not stay in L2 from
+  // step to step, the input product runs ahead over all steps, where a panel serves more rows.
+  static bool x_goes_ahead(const Panels<S, Cell>& panels, Index batch) {
+    const Index weights = panels.count() * panels.x_size() * Index(sizeof(S));
+    return batch <= few_rows || weights > large_bytes;
+  }
+  static constexpr Index large_bytes = Index(1) << 20;
 
   void run() {
     const Team& team = job_.team;
@@ -83,6 +88,9 @@ class ForwardLayer {
     team.wait();
   }
 
+  // Steps of the inner dimension whose part of a panel stays in L1 over all rows.
+  static constexpr Index columns_in_l1() { return panel_bytes / (Index(sizeof(S)) * width); }
+
   S* ahead(Index j, Index row) const {
     return sums_of_x_ + (j * job_.steps * job_.batch + row) * width;
   }
@@ -97,16 +105,21 @@ class ForwardLayer {
   }
 
   void multiply_x_ahead(Index j) {
-    fill(ahead(j, 0), job_.steps * job_.batch, j);
-    for_row_tiles(
-        job_.steps * job_.batch, panels_.packets(j, x_range<Cell>), [&](Index R, Index row) {
-          RowsProduct<S> product{ahead(j, row) + Cell::x_first * p, width, {}, 0, 1, panels_.I,
-                                 panels_.x(job_.packed, j)};
-          for (Index r = 0; r < R; ++r) {
-            product.a[r] = job_.x.at((row + r) / job_.batch, (row + r) % job_.batch);
-          }
-          multiply_rows(R, panels_.packets(j, x_range<Cell>), false, product);
-        });
+    const Index rows = job_.steps * job_.batch, I = panels_.I, Q = panels_.packets(j, x_range<Cell>);
+    fill(ahead(j, 0), rows, j);
+    const Index passes = ceil_div(I, columns_in_l1());
+    for (Index i = 0; i < passes; ++i) {
+      const Index begin = I * i / passes, end = I * (i + 1) / passes;
+      for_row_tiles(rows, Q, [&](Index R, Index row) {
+        RowsProduct<S> product{ahead(j, row) + Cell::x_first * p, width, {}, 0, 1, end - begin,
+                               panels_.x(job_.packed, j) + begin * Q * p};
+        product.fetch_behind(Q, row / R);
+        for (Index r = 0; r < R; ++r) {
+          product.a[r] = job_.x.at((row + r) / job_.batch, (row + r) % job_.batch) + begin;
+        }
+        multiply_rows(R, Q, false, product);
+      });
+    }
   }
 
   void step_panel(Index t, Index j) {
@@ -117,14 +130,15 @@ class ForwardLayer {
     S* const sums = ahead_ ? ahead(j, t * B) : sums_;
     if (!ahead_) fill(sums, B, j);
     // Ranges of the inner dimension whose part of the panel stays in L1 over all rows.
-    const Index most = panel_bytes / (Index(sizeof(S)) * width);
-    const bool whole = B <= few_rows || I + H <= most + most / 2;
+    const Index most = columns_in_l1();
+    const bool whole = B <= few_rows || (ahead_ ? 0 : I) + H <= most + most / 2;
     const Index x_passes = ahead_ ? 0 : whole ? 1 : ceil_div(I, most);
     const Index h_passes = whole ? 1 : ceil_div(H, most);
     const auto pass = [&](Index R, Index row, const Sequence<const S>& a, Range range, Index begin,
                           Index end, const S* panel) {
       RowsProduct<S> product{
           sums + row * width + range.first * p, width, {}, 0, 1, end - begin, panel};
+      product.fetch_behind(panels_.packets(j, range), row / R);
       for (Index r = 0; r < R; ++r) product.a[r] = a.at(0, row + r) + begin;
       multiply_rows(R, panels_.packets(j, range), true, product);
     };

@@ -48,13 +48,14 @@ class ReverseLayer {
     return Panels<S, Cell>(s).size() +
            (1 + (s.options.peephole ? peepholes(s.cell) : 0)) * s.hidden_size;
   }
+  // The zeros behind the weight gradients, and the gradients of the peepholes.
   static void begin(const LayerShape& s, S* scratch) {
     const Index n = kept(s);
-    for (Index i = 0; i < n; ++i) scratch[i] = S(0);
+    for (Index i = Panels<S, Cell>(s).size(); i < n; ++i) scratch[i] = S(0);
   }
   static void run(const ReverseJob<S>& job) { ReverseLayer(job).run(); }
 
-  static void finish(const LayerShape& s, const S* scratch, const Weights<S>& grad) {
+  static void finish(const LayerShape& s, const S* scratch, bool add, const Weights<S>& grad) {
     using P = Panels<S, Cell>;
     const P panels(s);
     for (Index j = 0; j < panels.count(); ++j) {
@@ -62,19 +63,24 @@ class ReverseLayer {
       for (Index q = 0; q < panels.packets(j); ++q) {
         const Index row = panels.weight_row(j, q), n = panels.units(panels.unit(j, q));
         for (Index lane = 0; lane < n; ++lane) {
-          if (grad.b_ih && P::takes_b_ih(q)) grad.b_ih[row + lane] += bias[q * p + lane];
-          if (grad.b_hh && P::takes_b_hh(q)) grad.b_hh[row + lane] += bias[q * p + lane];
+          const S sum = bias[q * p + lane];
+          for (S* const to : {P::takes_b_ih(q) ? grad.b_ih : nullptr,
+                              P::takes_b_hh(q) ? grad.b_hh : nullptr}) {
+            if (to) to[row + lane] = (add ? to[row + lane] : S(0)) + sum;
+          }
         }
       }
-      panels.unpack_add(panels.x(scratch, j), s.input_size, j, x_range<Cell>, grad.w_ih);
-      panels.unpack_add(panels.h(scratch, j), s.hidden_size, j, h_range<Cell>, grad.w_hh);
+      panels.unpack(panels.x(scratch, j), s.input_size, j, x_range<Cell>, add, grad.w_ih);
+      panels.unpack(panels.h(scratch, j), s.hidden_size, j, h_range<Cell>, add, grad.w_hh);
       if constexpr (Cell::two_phases) {
-        panels.unpack_add(panels.candidate_of(scratch, j), s.hidden_size, j, candidate, grad.w_hh);
+        panels.unpack(panels.candidate_of(scratch, j), s.hidden_size, j, candidate, add, grad.w_hh);
       }
     }
     const S* const peephole = scratch + panels.size() + s.hidden_size;
     const Index n = grad.peephole ? peepholes(s.cell) * s.hidden_size : 0;
-    for (Index i = 0; i < n; ++i) grad.peephole[i] += peephole[i];
+    for (Index i = 0; i < n; ++i) {
+      grad.peephole[i] = (add ? grad.peephole[i] : S(0)) + peephole[i];
+    }
   }
 
  private:
@@ -150,7 +156,7 @@ class ReverseLayer {
         for_row_tiles(n, Q, [&](Index R, Index at) {
           S* const sums = sums_ + at * 4 * p;
           if (i == 0) start(sums, R, at, Q, panel);
-          if (w) multiply_grads(range, split, R, Q, sums, row + at, begin, stop, w);
+          if (w) multiply_grads(range, split, R, Q, sums, row + at, begin, stop, w, at / R);
           if (i == passes - 1) end(sums, R, at, Q, panel);
         });
       }
@@ -158,13 +164,14 @@ class ReverseLayer {
   }
 
   void multiply_grads(Range range, bool split, Index R, Index Q, S* sums, Index row, Index begin,
-                      Index stop, const S* weights) const {
+                      Index stop, const S* weights, Index tile) const {
     const Index step = (Cell::wide ? 4 : range.count) * p;
     // The last panel of a wide cell may be shorter.
     const Index last = panels_.count() - 1;
     const Index even = stop - 1 == last && panels_.packets(last, range) * p < step ? last : stop;
     RowsProduct<S> product{
         sums, 4 * p, {}, rows_ * width, even - begin, step, weights + begin * step * Q * p};
+    product.fetch_behind(Q, tile);
     for (Index r = 0; r < R; ++r) product.a[r] = grads(begin, row + r) + range.first * p;
     if (even > begin) multiply_rows(R, Q, split, product);
     if (even == stop) return;
@@ -172,6 +179,7 @@ class ReverseLayer {
     product.blocks = 1;
     product.K = panels_.packets(last, range) * p;
     product.panel = weights + last * step * Q * p;
+    product.fetch = nullptr;
     multiply_rows(R, Q, split, product);
   }
 
@@ -385,7 +393,12 @@ class ReverseLayer {
 
   void weight_gradients(Index j) {
     const Index B = job_.batch, I = panels_.I, H = panels_.H;
-    // Few enough steps at a time that their gate gradients stay in L1 for all columns.
+    if (job_.fresh) {
+      S* const sums = panels_.bias(job_.scratch, j);
+      for (Index i = 0; i < panels_.panel_size(); ++i) sums[i] = S(0);
+    }
+    // Steps at a time: the gate gradients of more would not stay in L2 for all columns, and with
+    // fewer the sums would be read and written too often.
     const Index rows = 4 * panel_bytes / (Index(sizeof(S)) * width);
     const Index most = rows > B ? rows / B : 1;
     for (Index end = job_.steps; end > 0; end -= most) {

@@ -82,6 +82,14 @@ struct RowsProduct {
   Index blocks;
   Index K;
   const S* panel;
+  const S* fetch = nullptr;  // what is wanted soon: a cache line for each k
+
+  // The part of a panel behind this one, shared out to the first tiles of rows that go by.
+  void fetch_behind(Index Q, Index tile) {
+    constexpr Index line = 64 / Index(sizeof(S));
+    const Index size = blocks * K * Q * lanes<S>;
+    if (tile * blocks * K * line < size) fetch = panel + size + tile * blocks * K * line;
+  }
 };
 
 // With Sets > 1 the sum over k is split over that many accumulators, so that few rows do not wait
@@ -96,8 +104,12 @@ __attribute__((noinline)) void multiply_rows(const RowsProduct<S>& product) {
   Tile<S, R, Q> tile;
   tile.read(product.sums, product.sums_row);
   if constexpr (Sets == 1) {
+    const S* fetch = product.fetch ? product.fetch : panel;
+    const Index fetch_step = product.fetch ? 64 / Index(sizeof(S)) : 0;
     for (Index block = 0; block < product.blocks; ++block) {
       for (Index k = 0; k < K; ++k, panel += step) {
+        __builtin_prefetch(fetch);
+        fetch += fetch_step;
         tile.multiply([&](int r) { return a[r] + k; }, panel);
       }
       for (int r = 0; r < R; ++r) a[r] += product.a_block;

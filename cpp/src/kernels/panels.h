@@ -36,6 +36,8 @@ constexpr Range candidate{0, 1};
 template <class S, class Cell>
 struct Panels {
   static constexpr Index p = lanes<S>;
+  using Block =
+      Eigen::internal::PacketBlock<typename Eigen::internal::packet_traits<S>::type, int(p)>;
   Index I;
   Index H;
 
@@ -108,8 +110,7 @@ struct Panels {
     if (valid == p) {
       // p x p blocks are transposed in registers.
       for (; k + p <= n; k += p) {
-        Eigen::internal::PacketBlock<typename Eigen::internal::packet_traits<S>::type, int(p)>
-            block;
+        Block block;
         for (Index lane = 0; lane < p; ++lane) block.packet[lane] = load(rows + lane * row + k);
         Eigen::internal::ptranspose(block);
         for (Index i = 0; i < p; ++i) store(to + (k + i) * step, block.packet[i]);
@@ -120,27 +121,36 @@ struct Panels {
         to[k * step + lane] = lane < valid ? rows[lane * row + k] : S(0);
   }
 
-  // Adds what panels of gradients hold to the gradient in PyTorch's layout.
-  void unpack_add(const S* panel, Index columns, Index j, Range range, S* grad) const {
-    const Index n = packets(j, range);
-    for (Index q = 0; q < n; ++q) {
-      const Index valid = units(unit(j, range.first + q));
-      S* rows = grad + weight_row(j, range.first + q) * columns;
-      for (Index lane = 0; lane < valid; ++lane)
-        for (Index k = 0; k < columns; ++k)
-          rows[lane * columns + k] += panel[(k * n + q) * p + lane];
-    }
-  }
-
-  // Writes them there.
-  void unpack(const S* panel, Index columns, Index j, Range range, S* weight) const {
+  // What panels of gradients hold, to PyTorch's layout: written there, or added to what is there.
+  void unpack(const S* panel, Index columns, Index j, Range range, bool add, S* weight) const {
     const Index n = packets(j, range);
     for (Index q = 0; q < n; ++q) {
       const Index valid = units(unit(j, range.first + q));
       S* rows = weight + weight_row(j, range.first + q) * columns;
-      for (Index lane = 0; lane < valid; ++lane)
-        for (Index k = 0; k < columns; ++k)
-          rows[lane * columns + k] = panel[(k * n + q) * p + lane];
+      unpack_packet(panel + q * p, n * p, valid, columns, add, rows);
+    }
+  }
+
+  // rows[lane * columns + k] = from[k * step + lane], for the valid lanes.
+  static void unpack_packet(const S* from, Index step, Index valid, Index columns, bool add,
+                            S* rows) {
+    Index k = 0;
+    if (valid == p) {
+      for (; k + p <= columns; k += p) {
+        Block block;
+        for (Index i = 0; i < p; ++i) block.packet[i] = load(from + (k + i) * step);
+        Eigen::internal::ptranspose(block);
+        for (Index lane = 0; lane < p; ++lane) {
+          S* const to = rows + lane * columns + k;
+          store(to, add ? padd(load(to), block.packet[lane]) : block.packet[lane]);
+        }
+      }
+    }
+    for (; k < columns; ++k) {
+      for (Index lane = 0; lane < valid; ++lane) {
+        S& to = rows[lane * columns + k];
+        to = (add ? to : S(0)) + from[k * step + lane];
+      }
     }
   }
 

@@ -41,7 +41,7 @@ class Rows {
   }
   void unpack(const S* packed, S* weight, S* bias) const {
     for (Index j = 0; j < panels_.count(); ++j) {
-      panels_.unpack(panels_.x(packed, j), panels_.I, j, all, weight);
+      panels_.unpack(panels_.x(packed, j), panels_.I, j, all, false, weight);
       for (Index i = 0; bias && i < width && j * width + i < panels_.H; ++i) {
         bias[j * width + i] = panels_.bias(packed, j)[i];
       }

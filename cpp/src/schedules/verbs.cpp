@@ -196,6 +196,16 @@ void copy_rows(const LayerShape& s, Index n, State<const S> from, From&& row, St
   if (has_cell_state(s.cell)) copy(from.c, to.c, s.hidden_size);
 }
 
+template <class S>
+void fill_zero(const LayerShape& s, const Weights<S>& weights) {
+  const Index rows = gates(s.cell) * s.hidden_size;
+  std::fill_n(weights.w_ih, rows * s.input_size, S(0));
+  std::fill_n(weights.w_hh, rows * s.hidden_size, S(0));
+  if (weights.b_ih) std::fill_n(weights.b_ih, rows, S(0));
+  if (weights.b_hh) std::fill_n(weights.b_hh, rows, S(0));
+  if (weights.peephole) std::fill_n(weights.peephole, peepholes(s.cell) * s.hidden_size, S(0));
+}
+
 // One allocation cut into consecutive pieces, each aligned.
 template <class S>
 class Arena {
@@ -244,6 +254,9 @@ struct ReverseMemory {
   std::vector<Index> grad_x;   // a chunk that is still to be added, or put where its rows belong
   std::vector<Index> start;    // the state that a block begins with
   std::vector<Index> restart;  // what resets give back to the learned states, by part
+  // Whether the scratch has weight gradients yet: one for each member of a team, who must not see
+  // what another has just set.
+  std::vector<char> gathered;
 };
 
 // Steps [t0, t1) of a block: what a kernel is called for.
@@ -434,10 +447,15 @@ struct Session<S>::Data {
     return *forward_memory;
   }
 
-  const ReverseMemory<S>& ready_reverse() {
+  Index gathered_at(Index part_or_member, Index k) const {
+    return part_or_member * shape.layers() + k;
+  }
+
+  ReverseMemory<S>& ready_reverse() {
     if (!reverse_memory) {
       auto memory = std::make_unique<ReverseMemory<S>>(lay_out_reverse());
       memory->arena.allocate();
+      memory->gathered.resize(gathered_at(std::max<Index>(parts.size(), split.team), 0));
       for (Index k = 0; k < shape.layers(); ++k) {
         kernel().reverse_pack(shape.layer(k), weights[k], memory->arena.at(memory->packed[k]));
         for (std::size_t p = 0; p < parts.size(); ++p) {
@@ -795,7 +813,7 @@ struct Session<S>::Data {
   void reverse_blocks(const Forward<S>& run, const Reverse<S>& grad, const Blocks& blocks,
                       const State<const S>& initial, const State<S>& state, Interrupt interrupt) {
     const Index L = shape.num_layers, D = shape.directions, R = shape.output_size();
-    const ReverseMemory<S>& memory = ready_reverse();
+    ReverseMemory<S>& memory = ready_reverse();
     const TapeLayout<const S> layout{shape, blocks, ragged()};
     const Buffer<S> between(D == 2 && L > 1 ? 2 * blocks.rows * y_width() : 0);
     StopFlag stop(interrupt);
@@ -866,7 +884,10 @@ struct Session<S>::Data {
           S* const to = memory.arena.at(memory.restart[p]) + k * state_width();
           job.options.grad_restart = {to, has_cell_state(shape.cell) ? to + R : nullptr};
         }
+        char& gathered = memory.gathered[gathered_at(p + team.rank, k)];
+        job.fresh = !gathered;
         kernel().reverse(job);
+        gathered = gathered || job.weights;
         // Where all directions have come to it, the dropout of the layer below.
         const bool dropping = drops && l > 0 && d == D - 1;
         if (!aside && !dropping) return;
@@ -933,14 +954,23 @@ void Session<S>::reverse(const Forward<S>& run, const Reverse<S>& grad, Interrup
 template <class S>
 void Session<S>::finish(const Weights<S>* grad_weights) {
   const Data& data = *data_;
+  const ReverseMemory<S>* const memory = data.reverse_memory.get();
   const Index R = data.shape.output_size();
   for (Index k = 0; k < data.shape.layers(); ++k) {
+    const LayerShape layer = data.shape.layer(k);
     const Weights<S>& to = grad_weights[k];
-    for (std::size_t p = 0; p < data.parts.size() && data.reverse_memory && to.w_ih; ++p) {
-      data.kernel().reverse_finish(data.shape.layer(k), data.scratch_of(*data.reverse_memory, p, k),
-                                   to);
+    if (to.w_ih) {
+      bool add = false;
+      for (std::size_t p = 0; p < data.parts.size(); ++p) {
+        if (!memory || !memory->gathered[data.gathered_at(p, k)]) continue;
+        data.kernel().reverse_finish(layer, data.scratch_of(*memory, p, k), add, to);
+        add = true;
+      }
+      if (!add) fill_zero(layer, to);
     }
     const S* const learned = data.grad_learned.data() + k * data.state_width();
+    std::fill_n(to.h0, to.h0 ? R : 0, S(0));
+    std::fill_n(to.c0, to.c0 ? data.shape.hidden_size : 0, S(0));
     const auto add_learned = [&](const S* from) {
       for (Index i = 0; i < R && to.h0; ++i) to.h0[i] += from[i];
       for (Index i = 0; i < data.shape.hidden_size && to.c0; ++i) to.c0[i] += from[R + i];
