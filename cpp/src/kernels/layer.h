@@ -67,8 +67,9 @@ constexpr LayerKernels<S> layer_kernels() {
         with_cell<S>(job.shape.cell, [&](auto cell) { ReverseLayer<S, decltype(cell)>::run(job); });
       },
       [](const LayerShape& s, const S* scratch, bool add, const Weights<S>& grad) {
-        with_cell<S>(s.cell,
-                     [&](auto cell) { ReverseLayer<S, decltype(cell)>::finish(s, scratch, add, grad); });
+        with_cell<S>(s.cell, [&](auto cell) {
+          ReverseLayer<S, decltype(cell)>::finish(s, scratch, add, grad);
+        });
       },
       [](std::uint64_t key, const Place& place, double p, S kept, Index n, S* mask) {
         draw_mask(key, place, p, kept, n, mask);

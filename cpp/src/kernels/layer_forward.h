@@ -88,8 +88,8 @@ class ForwardLayer {
     team.wait();
   }
 
-  // Steps of the inner dimension whose part of a panel stays in L1 over all rows.
-  static constexpr Index columns_in_l1() { return panel_bytes / (Index(sizeof(S)) * width); }
+  // Steps of the inner dimension whose part of a panel stays in the first caches over all rows.
+  static constexpr Index columns_at_once() { return panel_bytes / (Index(sizeof(S)) * width); }
 
   S* ahead(Index j, Index row) const {
     return sums_of_x_ + (j * job_.steps * job_.batch + row) * width;
@@ -105,14 +105,16 @@ class ForwardLayer {
   }
 
   void multiply_x_ahead(Index j) {
-    const Index rows = job_.steps * job_.batch, I = panels_.I, Q = panels_.packets(j, x_range<Cell>);
+    const Index rows = job_.steps * job_.batch, I = panels_.I,
+                Q = panels_.packets(j, x_range<Cell>);
     fill(ahead(j, 0), rows, j);
-    const Index passes = ceil_div(I, columns_in_l1());
+    const Index passes = ceil_div(I, columns_at_once());
     for (Index i = 0; i < passes; ++i) {
       const Index begin = I * i / passes, end = I * (i + 1) / passes;
       for_row_tiles(rows, Q, [&](Index R, Index row) {
-        RowsProduct<S> product{ahead(j, row) + Cell::x_first * p, width, {}, 0, 1, end - begin,
-                               panels_.x(job_.packed, j) + begin * Q * p};
+        RowsProduct<S> product{
+            ahead(j, row) + Cell::x_first * p,        width, {}, 0, 1, end - begin,
+            panels_.x(job_.packed, j) + begin * Q * p};
         product.fetch_behind(Q, row / R);
         for (Index r = 0; r < R; ++r) {
           product.a[r] = job_.x.at((row + r) / job_.batch, (row + r) % job_.batch) + begin;
@@ -129,8 +131,8 @@ class ForwardLayer {
     const Index h_step = panels_.packets(j, h_range<Cell>) * p;
     S* const sums = ahead_ ? ahead(j, t * B) : sums_;
     if (!ahead_) fill(sums, B, j);
-    // Ranges of the inner dimension whose part of the panel stays in L1 over all rows.
-    const Index most = columns_in_l1();
+    // Ranges of the inner dimension of so many steps.
+    const Index most = columns_at_once();
     const bool whole = B <= few_rows || (ahead_ ? 0 : I) + H <= most + most / 2;
     const Index x_passes = ahead_ ? 0 : whole ? 1 : ceil_div(I, most);
     const Index h_passes = whole ? 1 : ceil_div(H, most);

@@ -64,8 +64,8 @@ class ReverseLayer {
         const Index row = panels.weight_row(j, q), n = panels.units(panels.unit(j, q));
         for (Index lane = 0; lane < n; ++lane) {
           const S sum = bias[q * p + lane];
-          for (S* const to : {P::takes_b_ih(q) ? grad.b_ih : nullptr,
-                              P::takes_b_hh(q) ? grad.b_hh : nullptr}) {
+          for (S* const to :
+               {P::takes_b_ih(q) ? grad.b_ih : nullptr, P::takes_b_hh(q) ? grad.b_hh : nullptr}) {
             if (to) to[row + lane] = (add ? to[row + lane] : S(0)) + sum;
           }
         }
@@ -146,7 +146,7 @@ class ReverseLayer {
     for (Index panel = job_.team.begin(panels); panel < job_.team.end(panels); ++panel) {
       const Index Q = Panels<S, Cell>::reverse_packets(columns, panel);
       const S* const w = weights ? panels_.reverse_panel(weights, range, panel) : nullptr;
-      // Gradient panels whose weights stay in L1 over all rows.
+      // Gradient panels whose weights stay in the first caches over all rows.
       const Index fit = panel_bytes / (Index(sizeof(S)) * 4 * p * step);
       const Index most = fit > 0 ? fit : 1;
       const bool whole = J <= most + most / 2 || n <= tile_rows(Q) || !w;
@@ -399,7 +399,7 @@ class ReverseLayer {
     }
     // Steps at a time: the gate gradients of more would not stay in L2 for all columns, and with
     // fewer the sums would be read and written too often.
-    const Index rows = 4 * panel_bytes / (Index(sizeof(S)) * width);
+    const Index rows = 2 * panel_bytes / (Index(sizeof(S)) * width);
     const Index most = rows > B ? rows / B : 1;
     for (Index end = job_.steps; end > 0; end -= most) {
       const Index begin = end > most ? end - most : 0;

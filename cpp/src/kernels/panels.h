@@ -16,8 +16,9 @@
 namespace fastbptt {
 namespace FASTBPTT_ISA {
 
-// Bytes of a panel that stay in L1 while tile after tile of rows goes by.
-constexpr Index panel_bytes = 24 * 1024;
+// Bytes of a panel that stay in the first caches while tile after tile of rows goes by. More than
+// L1 holds: what is read in order comes from L2 in time.
+constexpr Index panel_bytes = 48 * 1024;
 
 // A run of a panel's packets: those of the input product, of the recurrent product, or of a part of
 // it.

@@ -129,8 +129,8 @@ class FreeBlocks {
     bytes_ -= block.bytes;
     return std::exchange(block, Block{}).data;
   }
-  // The newest: steps ask for the same blocks in turn, and to give up the oldest would be to give up
-  // each just before it is wanted. But first what nobody has asked for in a long time.
+  // The newest: steps ask for the same blocks in turn, and to give up the oldest would be to give
+  // up each just before it is wanted. But first what nobody has asked for in a long time.
   Block& victim() noexcept {
     Block *oldest = nullptr, *newest = nullptr;
     for (Block& block : blocks_) {
