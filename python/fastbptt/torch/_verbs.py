@@ -212,15 +212,15 @@ def backward(
 def _new_gradients(
     run: Run, weights: Sequence[Tensor], needed: Sequence[bool]
 ) -> list[Tensor | None]:
-    """Return zeros to add to. The core computes both matrices of a layer, or neither."""
+    """Return what the core writes to. It computes both matrices of a layer, or neither."""
     if all(needed):
-        return [torch.zeros_like(weight) for weight in weights]
+        return [torch.empty_like(weight) for weight in weights]
     a_layer = 4 if run.bias else 2
     grads: list[Tensor | None] = []
     for i, weight in enumerate(weights):
         first = i - i % a_layer
         wanted = any(needed[first : first + a_layer]) if i - first < 2 else needed[i]
-        grads.append(torch.zeros_like(weight) if wanted else None)
+        grads.append(torch.empty_like(weight) if wanted else None)
     return grads
 
 
