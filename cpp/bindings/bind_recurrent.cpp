@@ -307,7 +307,7 @@ class Stack {
   template <class S>
   void add_cells(Call<S>& call, bool batch_first) const {
     const Index T = call.run.steps, B = call.B, F = shape_.directions * shape_.hidden_size;
-    py::array cells = batch_first ? new_array<S>(B, T, F) : new_array<S>(T, B, F);
+    py::array cells = batch_first ? new_array<S>({B, T, F}) : new_array<S>({T, B, F});
     call.run.cells = {static_cast<S*>(cells.mutable_data()), batch_first ? F : B * F,
                       batch_first ? T * F : F};
     call.cells = std::move(cells);
