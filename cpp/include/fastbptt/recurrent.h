@@ -133,9 +133,9 @@ class Session {
   void record(const Forward<S>& run, S* tape, Interrupt interrupt = {});
   // grad_x and grad_initial; gathers the weight gradients.
   void reverse(const Forward<S>& run, const Reverse<S>& grad, Interrupt interrupt = {});
-  // Writes the weight gradients that were gathered, one a layer; null biases and learned states are
-  // skipped, and layers with a null w_ih. Once, at the end.
-  void finish(const Weights<S>* grad_weights);
+  // Writes the weight gradients that were gathered, one a layer, or adds them to what is there;
+  // null biases and learned states are skipped, and layers with a null w_ih. Once, at the end.
+  void finish(const Weights<S>* grad_weights, bool add = false);
 
   // Bytes that all the verbs together take for themselves.
   Index nbytes() const;

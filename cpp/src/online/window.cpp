@@ -114,7 +114,7 @@ class Window : public OnlineLearner<S> {
                [&](Index offset, Index rows) { errors_[0].clear(offset, rows); });
       end = begin;
     }
-    session.finish(grads);
+    session.finish(grads, true);
     std::fill_n(with_error_.data(), slots_, std::uint8_t(0));
   }
 

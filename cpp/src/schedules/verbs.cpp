@@ -952,7 +952,7 @@ void Session<S>::reverse(const Forward<S>& run, const Reverse<S>& grad, Interrup
 }
 
 template <class S>
-void Session<S>::finish(const Weights<S>* grad_weights) {
+void Session<S>::finish(const Weights<S>* grad_weights, bool add) {
   const Data& data = *data_;
   const ReverseMemory<S>* const memory = data.reverse_memory.get();
   const Index R = data.shape.output_size();
@@ -960,17 +960,19 @@ void Session<S>::finish(const Weights<S>* grad_weights) {
     const LayerShape layer = data.shape.layer(k);
     const Weights<S>& to = grad_weights[k];
     if (to.w_ih) {
-      bool add = false;
+      bool more = add;
       for (std::size_t p = 0; p < data.parts.size(); ++p) {
         if (!memory || !memory->gathered[data.gathered_at(p, k)]) continue;
-        data.kernel().reverse_finish(layer, data.scratch_of(*memory, p, k), add, to);
-        add = true;
+        data.kernel().reverse_finish(layer, data.scratch_of(*memory, p, k), more, to);
+        more = true;
       }
-      if (!add) fill_zero(layer, to);
+      if (!more) fill_zero(layer, to);
     }
     const S* const learned = data.grad_learned.data() + k * data.state_width();
-    std::fill_n(to.h0, to.h0 ? R : 0, S(0));
-    std::fill_n(to.c0, to.c0 ? data.shape.hidden_size : 0, S(0));
+    if (!add) {
+      std::fill_n(to.h0, to.h0 ? R : 0, S(0));
+      std::fill_n(to.c0, to.c0 ? data.shape.hidden_size : 0, S(0));
+    }
     const auto add_learned = [&](const S* from) {
       for (Index i = 0; i < R && to.h0; ++i) to.h0[i] += from[i];
       for (Index i = 0; i < data.shape.hidden_size && to.c0; ++i) to.c0[i] += from[R + i];
