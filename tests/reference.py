@@ -21,6 +21,11 @@ Results = dict[str, Array]
 
 GATES = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3, "gru_reset_before": 3}
 CELLS = list(GATES)
+# And with those options that have kernels of their own.
+KERNELS = [*CELLS, "lstm+projection"]
+
+# In the order of the reference's arguments.
+KINDS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
 class Run(Protocol):
@@ -39,10 +44,24 @@ class Run(Protocol):
         grad_y: Array | None,
         grad_h: Array | None,
         grad_c: Array | None,
+        *,
+        w_hr: Array | None = None,
     ) -> dict[str, Array | None]: ...
 
 
+def projection_of(cell: str, hidden_size: int) -> int:
+    """Return P; a single unit leaves nothing to project to."""
+    return hidden_size // 2 if cell.endswith("+projection") else 0
+
+
+def options_of(cell: str, hidden_size: int) -> dict[str, Any]:
+    proj_size = projection_of(cell, hidden_size)
+    return {"proj_size": proj_size} if proj_size else {}
+
+
 def make_layer(cell: str, input_size: int, hidden_size: int, num_layers: int = 1, **options):
+    options |= options_of(cell, hidden_size)
+    cell = cell.partition("+")[0]
     if cell.startswith("rnn"):
         return fb.RNN(input_size, hidden_size, num_layers, nonlinearity=cell[4:], **options)
     if cell == "lstm":
@@ -55,7 +74,7 @@ class Problem:
     """A stack, its input, and the error of its results; all arrays of one dtype.
 
     x `[T, B, I]`, h and c `[L, B, H]` (c None but for the LSTM), weights by name, and the gradients
-    grad_y `[T, B, H]`, grad_h and grad_c `[L, B, H]`.
+    grad_y `[T, B, H]`, grad_h and grad_c `[L, B, H]`; with a projection h and y have P for H.
     """
 
     cell: str
@@ -75,7 +94,10 @@ class Problem:
     @property
     def sizes(self) -> tuple[int, int, int, int]:
         """T, B, I, H."""
-        return (*self.x.shape, self.h.shape[-1])
+        return (
+            *self.x.shape,
+            len(self.weights["weight_hh_l0"]) // GATES[self.cell.partition("+")[0]],
+        )
 
     @property
     def bias(self) -> bool:
@@ -88,7 +110,7 @@ class Problem:
         return self.grad_h if self.grad_c is None else (self.grad_h, self.grad_c)
 
     def layer_weights(self, layer: int) -> list[Array | None]:
-        names = (f"{kind}_l{layer}" for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+        names = (f"{kind}_l{layer}" for kind in KINDS)
         return [self.weights.get(name) for name in names]
 
     def astype(self, dtype: str) -> Problem:
@@ -123,7 +145,8 @@ def draw(
     At the kink of the relu a rounding error decides whether an error passes, and no tolerance is
     right; so no sum that goes into a relu is nearer to zero than `relu_margin`.
     """
-    G = GATES[cell]
+    G, P = GATES[cell.partition("+")[0]], projection_of(cell, H)
+    R, has_c = P or H, cell.startswith("lstm")
     bound = 1.0 / np.sqrt(H)
     while True:
 
@@ -132,22 +155,25 @@ def draw(
 
         weights: dict[str, Array] = {}
         for layer in range(num_layers):
-            shapes = {"weight_ih": (G * H, H if layer else I), "weight_hh": (G * H, H)}
+            shapes = {"weight_ih": (G * H, R if layer else I), "weight_hh": (G * H, R)}
             if bias:
                 shapes |= {"bias_ih": (G * H,), "bias_hh": (G * H,)}
+            if P:
+                shapes |= {"weight_hr": (P, H)}
             for kind, shape in shapes.items():
                 weights[f"{kind}_l{layer}"] = rng.uniform(-bound, bound, shape).astype(dtype)
-        states = [normal(num_layers, B, H) for _ in range(4 if cell == "lstm" else 2)]
+        states = [normal(num_layers, B, R) for _ in range(2)]
+        states += [normal(num_layers, B, H) for _ in range(2 if has_c else 0)]
         problem = Problem(
             cell=cell,
             num_layers=num_layers,
             x=normal(T, B, I),
             h=states[0],
             grad_h=states[1],
-            c=states[2] if cell == "lstm" else None,
-            grad_c=states[3] if cell == "lstm" else None,
+            c=states[2] if has_c else None,
+            grad_c=states[3] if has_c else None,
             weights=weights,
-            grad_y=normal(T, B, H),
+            grad_y=normal(T, B, R),
         )
         if cell != "rnn_relu" or _distance_from_kink(problem) >= relu_margin:
             return problem
@@ -219,7 +245,7 @@ def run_reference(run: Run, problem: Problem) -> Results:
     def layer_run(layer: int, x: Array, grad_y: Array | None, grad_states: bool) -> Any:
         c, grad_h, grad_c = problem.c, problem.grad_h, problem.grad_c
         return run(
-            problem.cell,
+            problem.cell.partition("+")[0],
             np.ascontiguousarray(x),
             problem.h[layer],
             None if c is None else c[layer],
@@ -227,6 +253,7 @@ def run_reference(run: Run, problem: Problem) -> Results:
             grad_y,
             grad_h[layer] if grad_states else None,
             grad_c[layer] if grad_states and grad_c is not None else None,
+            w_hr=problem.weights.get(f"weight_hr_l{layer}"),
         )
 
     inputs = [problem.x]
@@ -244,7 +271,7 @@ def run_reference(run: Run, problem: Problem) -> Results:
             results[ours] = np.stack([part[theirs] for part in parts])
     for layer, part in enumerate(parts):
         for kind, short in {"weight": "w", "bias": "b"}.items():
-            for side in ("ih", "hh"):
+            for side in ("ih", "hh", "hr"):
                 if f"{kind}_{side}_l{layer}" in problem.weights:
                     results[f"grad_{kind}_{side}_l{layer}"] = part[f"grad_{short}_{side}"]
     return results

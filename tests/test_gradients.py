@@ -15,7 +15,7 @@ import pytest
 
 from conftest import require
 from reference import (
-    CELLS,
+    KERNELS,
     Problem,
     assert_close,
     draw,
@@ -52,7 +52,7 @@ def reference_run():
 
 @pytest.mark.parametrize("sizes", EDGES + DRAWN, ids=lambda sizes: "x".join(map(str, sizes)))
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", KERNELS)
 def test_equals_reference(cell, dtype, sizes, rng, reference_run):
     problem = draw(rng, cell, *sizes, dtype=dtype)
     tolerance = 1e-12 if dtype == "float64" else rounding(problem)
@@ -63,20 +63,20 @@ def test_equals_reference(cell, dtype, sizes, rng, reference_run):
 
 @pytest.mark.parametrize("num_layers", [1, 2])
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", KERNELS)
 def test_without_bias(cell, dtype, num_layers, rng, reference_run):
     problem = draw(rng, cell, 7, 5, 3, 17, num_layers, bias=False, dtype=dtype)
     tolerance = 1e-12 if dtype == "float64" else rounding(problem)
     assert_close(run_library(problem), run_reference(reference_run, problem), tolerance)
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", KERNELS)
 def test_long_chain(cell, rng, reference_run):
     problem = draw(rng, cell, 1000, 2, 3, 5, dtype="float32")
     assert_close(run_library(problem), run_reference(reference_run, problem), rounding(problem))
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", KERNELS)
 def test_absent_state_and_gradients_are_zeros(cell, rng):
     problem = draw(rng, cell, 5, 3, 7, 13, 2)
     zeros = {
@@ -124,7 +124,7 @@ def moved(problem: Problem, direction: dict[str, np.ndarray], step: float) -> Pr
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 1), (5, 3, 7, 13, 1), (13, 2, 3, 17, 2)], ids=str)
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", KERNELS)
 def test_equals_finite_differences(cell, sizes, rng):
     problem = draw(rng, cell, *sizes, relu_margin=1e-3)
     results = run_library(problem)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import fastbptt as fb
-from reference import CELLS, assert_close, draw, layer_for, rounding, run_library
+from reference import KERNELS, assert_close, draw, layer_for, rounding, run_library
 
 HERE = Path(__file__).parent
 AVAILABLE = fb.cpu_info()["available"]
@@ -22,7 +22,7 @@ SIZES = [(7, 3, 5, 17, 2), (3, 1, 1, 1, 1), (5, 17, 33, 31, 1), (2, 6, 8, 64, 1)
 
 def problems():
     rng = np.random.default_rng(7)
-    for cell in CELLS:
+    for cell in KERNELS:
         for dtype in ("float32", "float64"):
             for sizes in SIZES:
                 name = f"{cell} {dtype} {'x'.join(map(str, sizes))}"

@@ -16,7 +16,16 @@ import numpy as np
 import pytest
 
 import fastbptt as fb
-from reference import CELLS, Problem, Results, assert_close, draw, layer_for, rounding, run_library
+from reference import (
+    KERNELS,
+    Problem,
+    Results,
+    assert_close,
+    draw,
+    layer_for,
+    rounding,
+    run_library,
+)
 
 HERE = Path(__file__).parent
 
@@ -83,7 +92,7 @@ def run_here(function: str, **env: str) -> None:
 
 
 @pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", KERNELS)
 @pytest.mark.parametrize("threads", [2, 3])
 def test_repeated_and_concurrent_calls_give_the_same_bits(cell, batch, threads):
     fb.set_num_threads(threads)
@@ -101,7 +110,7 @@ def test_repeated_and_concurrent_calls_give_the_same_bits(cell, batch, threads):
 
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", KERNELS)
 def test_thread_counts_agree_to_rounding(cell, dtype, batch):
     problem = problem_of(cell, batch, dtype)
     fb.set_num_threads(1)
@@ -293,13 +302,13 @@ def test_the_count_is_what_was_set():
 def without_gil() -> None:
     assert not sys._is_gil_enabled()
     fb.set_num_threads(2)
-    problems = [problem_of(cell, "shared batch") for cell in CELLS]
+    problems = [problem_of(cell, "shared batch") for cell in KERNELS]
     layers = [layer_for(problem) for problem in problems]
     expected = [run_library(*each) for each in zip(problems, layers, strict=True)]
 
     def calls(k):
         for each in range(10):
-            i = (k + each) % len(CELLS)
+            i = (k + each) % len(KERNELS)
             assert_same_bits(run_library(problems[i], layers[i]), expected[i])
 
     in_threads(4, calls)

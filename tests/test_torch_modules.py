@@ -27,6 +27,9 @@ from fastbptt.torch import _cells, _layers, _ops, _verbs  # noqa: E402
 
 LAYERS = ("RNN", "LSTM", "GRU")
 CELLS = ("RNNCell", "LSTMCell", "GRUCell")
+# And what an option of `torch.nn` makes of one of them.
+PROJECTED = pytest.param("LSTM", {"proj_size": 2}, id="LSTM-proj_size")
+VARIANTS = [*(pytest.param(kind, {}, id=kind) for kind in LAYERS), PROJECTED]
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 T, B, I, H = 6, 3, 4, 5  # noqa: E741
 
@@ -83,14 +86,17 @@ def assert_same(actual, expected, tolerance=None):
         torch.testing.assert_close(got, want, atol=limit, rtol=limit)
 
 
-def states_of(kind, shape, dtype=torch.float32):
-    return [torch.randn(shape, dtype=dtype) for _ in range(2 if kind.startswith("LSTM") else 1)]
+def states_of(kind, shape, dtype=torch.float32, proj_size=0):
+    """h, of an LSTM with c behind it; `shape` is that of c."""
+    sizes = [proj_size or shape[-1], shape[-1]] if kind.startswith("LSTM") else [shape[-1]]
+    return [torch.randn([*shape[:-1], size], dtype=dtype) for size in sizes]
 
 
 @pytest.mark.parametrize("how", ["batched", "unbatched", "packed"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("kind", LAYERS)
-def test_results_and_gradients(kind, dtype, how, on_the_core):
+@pytest.mark.parametrize(("kind", "options"), VARIANTS)
+@pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning")
+def test_results_and_gradients(kind, options, dtype, how, on_the_core):
     torch.manual_seed(0)
     lengths = [3, 6, 1]
     for num_layers, bidirectional, bias, batch_first, given in itertools.product(
@@ -105,6 +111,7 @@ def test_results_and_gradients(kind, dtype, how, on_the_core):
             batch_first=batch_first,
             bidirectional=bidirectional,
             dtype=dtype,
+            **options,
         )
         x = torch.randn(B, T, I, dtype=dtype)
         x = x if batch_first else x.transpose(0, 1)
@@ -117,7 +124,8 @@ def test_results_and_gradients(kind, dtype, how, on_the_core):
             def pack(x, batch_first=batch_first):
                 return pack_padded_sequence(x, lengths, batch_first, enforce_sorted=False)
 
-        state = states_of(kind, [num_layers * (1 + bidirectional), *batch, H], dtype)
+        shape = [num_layers * (1 + bidirectional), *batch, H]
+        state = states_of(kind, shape, dtype, **options)
         state = state if given else []
         assert_same(
             outputs_and_gradients(ours, x, state, pack),
@@ -212,7 +220,8 @@ def differentiable(kind, **options):
     if not cell and "num_layers" not in options:
         shape[0] //= 2
     x = torch.randn(*([] if cell else [3]), 2, 2, dtype=torch.float64)
-    state = states_of(kind, [*shape, 3], torch.float64)
+    proj_size = options.get("proj_size", 0)
+    state = states_of(kind, [*shape, 3], torch.float64, proj_size)
     count = len(state)
 
     def function(x, *rest):
@@ -224,10 +233,10 @@ def differentiable(kind, **options):
     return function, [argument.requires_grad_() for argument in arguments]
 
 
-@pytest.mark.parametrize("options", [{}, {"num_layers": 2}, {"bidirectional": True}], ids=str)
-@pytest.mark.parametrize("kind", LAYERS)
-def test_gradcheck(kind, options, on_the_core):
-    assert gradcheck(*differentiable(kind, **options), fast_mode=bool(options))
+@pytest.mark.parametrize("more", [{}, {"num_layers": 2}, {"bidirectional": True}], ids=str)
+@pytest.mark.parametrize(("kind", "options"), VARIANTS)
+def test_gradcheck(kind, options, more, on_the_core):
+    assert gradcheck(*differentiable(kind, **options, **more), fast_mode=bool(more))
 
 
 @pytest.mark.parametrize("kind", CELLS)
@@ -242,8 +251,11 @@ def test_gradients_can_be_differentiated_again(kind, on_the_core):
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_second_gradient_of_packed(bidirectional, on_the_core):
-    theirs, ours = pair("GRU", I, H, 2, bidirectional=bidirectional, dtype=torch.float64)
+@pytest.mark.parametrize(("kind", "options"), [("GRU", {}), PROJECTED])
+@pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning")
+def test_second_gradient_of_packed(kind, options, bidirectional, on_the_core):
+    options = {"bidirectional": bidirectional, "dtype": torch.float64} | options
+    theirs, ours = pair(kind, I, H, 2, **options)
 
     def second(module):
         torch.manual_seed(2)
@@ -402,13 +414,9 @@ def test_other_dtypes_go_to_the_original(kind, dtype):
             assert torch.equal(got, expected)
 
 
-@pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning")
-def test_another_device_and_proj_size_go_to_the_original():
+def test_another_device_goes_to_the_original():
     layer = ft.LSTM(I, H, device="meta")
     assert layer(torch.empty(T, B, I, device="meta"))[0].shape == (T, B, H)
-    theirs, ours = pair("LSTM", I, H, proj_size=2)
-    x = torch.randn(T, B, I)
-    assert_same(outputs_and_gradients(ours, x, []), outputs_and_gradients(theirs, x, []))
 
 
 # The module as an object
@@ -553,25 +561,27 @@ def weights_of(module):
     return list(module.parameters())
 
 
-@pytest.mark.parametrize("kind", LAYERS)
-def test_operators(kind):
+@pytest.mark.parametrize(("kind", "options"), VARIANTS)
+def test_operators(kind, options):
     """torch's own check of schema, fake kernels, autograd and the compiler's view of it."""
     name = {"RNN": "rnn_tanh"}.get(kind, kind.lower())
-    layer = getattr(ft, kind)(I, H, 2)
-    states = [part.requires_grad_() for part in states_of(kind, (2, B, H))]
+    layer = getattr(ft, kind)(I, H, 2, **options)
+    states = [part.requires_grad_() for part in states_of(kind, (2, B, H), **options)]
+    projected = bool(options)
     h, c = states if len(states) == 2 else (states[0], None)
     x = torch.randn(T, B, I, requires_grad=True)
-    torch.library.opcheck(_ops.record, (x, h, c, weights_of(layer), name, True, False, 1))
-    layer = getattr(ft, kind)(I, H, 2, bidirectional=True)
-    frozen = [weight.detach() for weight in layer.parameters()]
     torch.library.opcheck(
-        _ops.advance, (x.detach().transpose(0, 1), None, None, frozen, name, True, True, 2)
+        _ops.record, (x, h, c, weights_of(layer), name, True, False, 1, projected)
     )
+    layer = getattr(ft, kind)(I, H, 2, bidirectional=True, **options)
+    frozen = [weight.detach() for weight in layer.parameters()]
+    how = name, True, True, 2, projected
+    torch.library.opcheck(_ops.advance, (x.detach().transpose(0, 1), None, None, frozen, *how))
 
 
 def test_operators_check_their_arguments():
     layer = ft.LSTM(I, H)
-    x, weights, how = torch.zeros(T, B, I), weights_of(layer), ("lstm", True, False, 1)
+    x, weights, how = torch.zeros(T, B, I), weights_of(layer), ("lstm", True, False, 1, False)
     y, _, _, tape = _ops.record(x, None, None, weights, *how)
     needs = False, False, [True] * 4
     for call in (
@@ -579,8 +589,8 @@ def test_operators_check_their_arguments():
         lambda: _ops.advance(x, None, None, weights[:3], *how),
         lambda: _ops.advance(x, torch.zeros(1, B, H), None, weights, *how),
         lambda: _ops.advance(x, None, None, weights, "peephole", *how[1:]),
-        lambda: _ops.advance(x, None, None, weights, *how[:3], 0),
-        lambda: _ops.advance(x, None, None, weights, *how[:3], 2),
+        lambda: _ops.advance(x, None, None, weights, *how[:3], 0, False),
+        lambda: _ops.advance(x, None, None, weights, *how[:3], 2, False),
         lambda: _ops.reverse(x, None, None, weights, y, tape[1:], y, None, None, *how, *needs),
         lambda: _ops.reverse(x, None, None, weights, y, tape, y[1:], None, None, *how, *needs),
         lambda: _ops.reverse(
@@ -595,7 +605,8 @@ class Net(torch.nn.Module):
     def __init__(self, **options):
         super().__init__()
         self.recurrent = ft.LSTM(I, H, 2, **options)
-        self.cell = ft.GRUCell(2 * H if options.get("bidirectional") else H, H)
+        size = options.get("proj_size", H)
+        self.cell = ft.GRUCell(2 * size if options.get("bidirectional") else size, size)
 
     def forward(self, x):
         y, (h, _) = self.recurrent(x)
@@ -605,7 +616,7 @@ class Net(torch.nn.Module):
 def test_tape_size_is_that_of_the_core():
     cells = {"rnn_tanh": 1, "lstm": 4, "gru": 3}
     for name, bias, L, D in itertools.product(cells, (True, False), (1, 3), (1, 2)):
-        core = fb._core.Verbs(name, I, H, L, D, False)
+        core = fb._core.Verbs(name, I, H, L, D, 0, False)
         weights = []
         for k in range(L * D):
             G = cells[name] * H
@@ -623,7 +634,7 @@ def test_tape_size_is_that_of_the_core():
 def test_compile_in_one_graph(backend):
     """Which torch allows only if asked, for its own recurrent layers and what derives from them."""
     torch.manual_seed(0)
-    net = Net(bidirectional=backend == "aot_eager")
+    net = Net(**{"bidirectional": True} if backend == "aot_eager" else {"proj_size": 2})
     compiled = torch.compile(net, backend=backend, fullgraph=True, dynamic=backend == "aot_eager")
     for steps in (5, 9) if backend == "aot_eager" else (5,):
         x = torch.randn(steps, B, I)
@@ -690,10 +701,9 @@ def test_accelerate_swaps_in_place():
     want = flat(model["layers"][1](x))
 
     done = ft.accelerate(model)
-    assert done.swapped == ["layers.1", "layers.2", "cells.0", "cells.1", "cells.2"]
+    assert done.swapped == ["layers.1", "layers.2", "cells.0", "cells.1", "cells.2", "projected"]
     assert done.left_alone == {
         "layers.0": "its forward is replaced",
-        "projected": "proj_size=2",
         "subclass": "it is a Wrapped, a class with code of its own",
         "short": "weight_ih_l0 is torch.float16",
         "elsewhere": "weight_ih_l0 is on device meta",

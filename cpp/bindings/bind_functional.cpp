@@ -64,13 +64,14 @@ Index packed_rows(Address batch_sizes, Index T) {
 class Verbs {
  public:
   Verbs(const std::string& cell, Index input_size, Index hidden_size, Index num_layers,
-        Index directions, bool is_double)
-      : shape_{cell_of(cell), input_size, hidden_size, num_layers, directions},
+        Index directions, Index proj_size, bool is_double)
+      : shape_{cell_of(cell), input_size, hidden_size, num_layers, directions, 0, proj_size},
         is_double_(is_double) {
     if (input_size < 1 || hidden_size < 1 || num_layers < 1 || directions < 1 || directions > 2) {
       throw py::value_error(
           "input_size, hidden_size, num_layers: wanted at least 1; directions: 1 or 2");
     }
+    check_projection(shape_);
   }
 
   Index tape_size(Index T, Index B, Address batch_sizes) const {
@@ -163,14 +164,14 @@ class Verbs {
 
   template <class S>
   std::vector<Weights<S>> layers(const std::vector<Address>& weights) const {
-    if (weights.size() != std::size_t(4 * shape_.layers())) {
-      throw py::value_error("weights: got " + std::to_string(weights.size()) + ", wanted four of " +
+    if (weights.size() != std::size_t(weights_a_layer * shape_.layers())) {
+      throw py::value_error("weights: got " + std::to_string(weights.size()) + ", wanted " +
+                            std::to_string(weights_a_layer) + " of " +
                             std::to_string(shape_.layers()) + " layers");
     }
-    std::vector<Weights<S>> found;
-    for (std::size_t i = 0; i < weights.size(); i += 4) {
-      found.push_back(
-          {at<S>(weights[i]), at<S>(weights[i + 1]), at<S>(weights[i + 2]), at<S>(weights[i + 3])});
+    std::vector<Weights<S>> found(shape_.layers());
+    for (std::size_t i = 0; i < weights.size(); ++i) {
+      found[i / weights_a_layer].*weight_member<S>[i % weights_a_layer] = at<S>(weights[i]);
     }
     return found;
   }
@@ -184,9 +185,9 @@ class Verbs {
 void bind_functional(py::module_& m) {
   m.def("packed_rows", &packed_rows, py::arg("batch_sizes"), py::arg("T"));
   py::class_<Verbs>(m, "Verbs")
-      .def(py::init<const std::string&, Index, Index, Index, Index, bool>(), py::arg("cell"),
+      .def(py::init<const std::string&, Index, Index, Index, Index, Index, bool>(), py::arg("cell"),
            py::arg("input_size"), py::arg("hidden_size"), py::arg("num_layers"),
-           py::arg("directions"), py::arg("is_double"))
+           py::arg("directions"), py::arg("proj_size"), py::arg("is_double"))
       .def("tape_size", &Verbs::tape_size, py::arg("T"), py::arg("B"), py::arg("batch_sizes") = 0)
       .def("new_tape", &Verbs::new_tape, py::arg("size"))
       .def("forward", &Verbs::forward, py::arg("T"), py::arg("B"), py::arg("batch_sizes"),

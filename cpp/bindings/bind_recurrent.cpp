@@ -136,6 +136,7 @@ class Stack {
                               ", wanted at least 1");
       }
     }
+    check_projection(shape_);
     const Index wanted = weights_a_layer * shape_.layers();
     if (static_cast<Index>(weights.size()) != wanted) {
       throw py::value_error("weights: got " + std::to_string(weights.size()) + " arrays, wanted " +
@@ -191,10 +192,12 @@ class Stack {
         shape_.options.zoneout_h = value.cast<double>();
       else if (name == "zoneout_c")
         shape_.options.zoneout_c = value.cast<double>();
+      else if (name == "proj_size")
+        shape_.proj_size = value.cast<Index>();
       else
         throw py::type_error("options: got '" + name +
                              "', wanted bidirectional, dropout, peephole, recurrent_dropout, "
-                             "zoneout_h or zoneout_c");
+                             "zoneout_h, zoneout_c or proj_size");
     }
   }
 
@@ -203,11 +206,11 @@ class Stack {
     for (Index i = 0; i < static_cast<Index>(weights.size()); ++i) {
       const int which = static_cast<int>(i % weights_a_layer);
       const py::object weight = weights[i];
-      if (which >= 2 && weight.is_none()) {
+      const WeightShape wanted = weight_shape(shape_.layer(i / weights_a_layer), which);
+      if (wanted.rows == 0 || (wanted.columns == 0 && weight.is_none())) {
         weights_.emplace_back();
         continue;
       }
-      const WeightShape wanted = weight_shape(shape_.layer(i / weights_a_layer), which);
       weights_.push_back(wanted.columns > 0
                              ? checked<S>("weights", weight, {wanted.rows, wanted.columns})
                              : checked<S>("weights", weight, {wanted.rows}));
@@ -232,9 +235,9 @@ class Stack {
   StateArrays<S> checked_state(const char* name, const py::object& state, Index B) const {
     StateArrays<S> result;
     if (state.is_none()) return result;
-    const Index K = shape_.layers(), H = shape_.hidden_size;
-    const auto part = [&](const char* part_name, const py::handle& array) {
-      return contiguous(checked<S>(part_name, array, {K, B, H}));
+    const Index K = shape_.layers(), H = shape_.hidden_size, R = shape_.output_size();
+    const auto part = [&](const char* part_name, const py::handle& array, Index columns) {
+      return contiguous(checked<S>(part_name, array, {K, B, columns}));
     };
     if (has_cell_state(shape_.cell)) {
       const bool pair = (py::isinstance<py::tuple>(state) || py::isinstance<py::list>(state)) &&
@@ -242,14 +245,15 @@ class Stack {
       if (!pair) {
         throw py::type_error(
             std::string(name) + ": got " + text_of(py::type::of(state).attr("__name__")) +
-            ", wanted a tuple (h, c) of two arrays of shape " + shape_text({K, B, H}));
+            ", wanted a tuple (h, c) of two arrays of shape " +
+            (R == H ? "" : shape_text({K, B, R}) + " and ") + shape_text({K, B, H}));
       }
       const auto items = py::reinterpret_borrow<py::sequence>(state);
-      result.h = part((std::string(name) + "[0]").c_str(), py::object(items[0]));
-      result.c = part((std::string(name) + "[1]").c_str(), py::object(items[1]));
+      result.h = part((std::string(name) + "[0]").c_str(), py::object(items[0]), R);
+      result.c = part((std::string(name) + "[1]").c_str(), py::object(items[1]), H);
       result.view = {data<S>(result.h), data<S>(result.c)};
     } else {
-      result.h = part(name, state);
+      result.h = part(name, state, R);
       result.view = {data<S>(result.h), nullptr};
     }
     return result;
@@ -258,11 +262,11 @@ class Stack {
   // A new state for results, and the object that the caller gets for it.
   template <class S>
   std::pair<State<S>, py::object> new_state(Index B) const {
-    const Index K = shape_.layers(), H = shape_.hidden_size;
-    py::array h = new_array<S>({K, B, H});
+    const Index K = shape_.layers();
+    py::array h = new_array<S>({K, B, shape_.output_size()});
     State<S> view{static_cast<S*>(h.mutable_data()), nullptr};
     if (!has_cell_state(shape_.cell)) return {view, std::move(h)};
-    py::array c = new_array<S>({K, B, H});
+    py::array c = new_array<S>({K, B, shape_.hidden_size});
     view.c = static_cast<S*>(c.mutable_data());
     return {view, py::make_tuple(std::move(h), std::move(c))};
   }

@@ -4,7 +4,7 @@
 
 #include <string>
 
-#include "fastbptt/types.h"
+#include "fastbptt/recurrent.h"
 
 namespace fastbptt::bindings {
 
@@ -17,6 +17,14 @@ inline Cell cell_of(const std::string& name) {
   if (name == "lstm_coupled") return Cell::lstm_coupled;
   throw pybind11::value_error("cell: got '" + name +
                               "', wanted rnn_tanh, rnn_relu, lstm, gru or gru_reset_before");
+}
+
+inline void check_projection(const StackShape& shape) {
+  const bool fits = shape.proj_size >= 0 && shape.proj_size < shape.hidden_size;
+  if (!fits || (shape.proj_size > 0 && shape.cell != Cell::lstm)) {
+    throw pybind11::value_error("proj_size: got " + std::to_string(shape.proj_size) +
+                                ", wanted 0, or for an LSTM less than hidden_size");
+  }
 }
 
 }  // namespace fastbptt::bindings

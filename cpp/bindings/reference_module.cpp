@@ -58,11 +58,14 @@ py::dict run(const std::string& cell, const Array& x, const Array& h0,
              const std::optional<Array>& restart_h, const std::optional<Array>& restart_c,
              const std::optional<Flags>& mask, const std::optional<Array>& recurrent_mask,
              const std::optional<Array>& keep_h, const std::optional<Array>& keep_c,
-             const std::optional<Array>& peephole, const std::optional<Array>& grad_cells) {
+             const std::optional<Array>& peephole, const std::optional<Array>& grad_cells,
+             const std::optional<Array>& w_hr) {
   if (x.ndim() != 3 || h0.ndim() != 2) {
     throw py::value_error("x wants three axes [T, B, I] and h0 two [B, H]");
   }
-  const py::ssize_t T = x.shape(0), B = x.shape(1), I = x.shape(2), H = h0.shape(1);
+  const py::ssize_t T = x.shape(0), B = x.shape(1), I = x.shape(2), R = h0.shape(1);
+  if (w_hr && w_hr->ndim() != 2) throw py::value_error("w_hr wants two axes [P, H]");
+  const py::ssize_t H = w_hr ? w_hr->shape(1) : R;
   reference::Problem p{};
   p.cell = cell_named(cell);
   const py::ssize_t GH = reference::gates(p.cell) * H;
@@ -71,17 +74,17 @@ py::dict run(const std::string& cell, const Array& x, const Array& h0,
   p.I = static_cast<std::size_t>(I);
   p.H = static_cast<std::size_t>(H);
   p.x = x.data();
-  p.h0 = checked("h0", h0, {B, H});
+  p.h0 = checked("h0", h0, {B, R});
   p.c0 = checked("c0", c0, {B, H});
   p.w_ih = checked("w_ih", w_ih, {GH, I});
-  p.w_hh = checked("w_hh", w_hh, {GH, H});
+  p.w_hh = checked("w_hh", w_hh, {GH, R});
   p.b_ih = checked("b_ih", b_ih, {GH});
   p.b_hh = checked("b_hh", b_hh, {GH});
-  p.grad_y = checked("grad_y", grad_y, {T, B, H});
-  p.grad_h = checked("grad_h", grad_h, {B, H});
+  p.grad_y = checked("grad_y", grad_y, {T, B, R});
+  p.grad_h = checked("grad_h", grad_h, {B, R});
   p.grad_c = checked("grad_c", grad_c, {B, H});
   p.resets = checked("resets", resets, {T, B});
-  p.restart_h = checked("restart_h", restart_h, {H});
+  p.restart_h = checked("restart_h", restart_h, {R});
   p.restart_c = checked("restart_c", restart_c, {H});
   p.mask = checked("mask", mask, {T, B});
   p.recurrent_mask = checked("recurrent_mask", recurrent_mask, {B, H});
@@ -90,25 +93,31 @@ py::dict run(const std::string& cell, const Array& x, const Array& h0,
   p.peephole = checked("peephole", peephole, {GH - H});
   p.grad_cells = checked("grad_cells", grad_cells, {T, B, H});
 
+  if (w_hr) {
+    p.P = static_cast<std::size_t>(R);
+    p.w_hr = checked("w_hr", *w_hr, {R, H});
+  }
+
   const reference::Result result = reference::run(p);
   const bool has_c = reference::has_cell_state(p.cell);
   py::dict out;
-  out["y"] = to_array(result.y, {T, B, H});
-  out["h"] = to_array(result.h, {B, H});
+  out["y"] = to_array(result.y, {T, B, R});
+  out["h"] = to_array(result.h, {B, R});
   out["c"] = has_c ? py::object(to_array(result.c, {B, H})) : py::none();
   out["grad_x"] = to_array(result.grad_x, {T, B, I});
-  out["grad_h0"] = to_array(result.grad_h0, {B, H});
+  out["grad_h0"] = to_array(result.grad_h0, {B, R});
   out["grad_c0"] = has_c ? py::object(to_array(result.grad_c0, {B, H})) : py::none();
   out["grad_w_ih"] = to_array(result.grad_w_ih, {GH, I});
-  out["grad_w_hh"] = to_array(result.grad_w_hh, {GH, H});
+  out["grad_w_hh"] = to_array(result.grad_w_hh, {GH, R});
   out["grad_b_ih"] = to_array(result.grad_b_ih, {GH});
   out["grad_b_hh"] = to_array(result.grad_b_hh, {GH});
-  out["grad_restart_h"] = to_array(result.grad_restart_h, {H});
+  out["grad_restart_h"] = to_array(result.grad_restart_h, {R});
   if (has_c) {
     out["cells"] = to_array(result.cells, {T, B, H});
     out["grad_peephole"] = to_array(result.grad_peephole, {GH - H});
     out["grad_restart_c"] = to_array(result.grad_restart_c, {H});
   }
+  if (w_hr) out["grad_w_hr"] = to_array(result.grad_w_hr, {R, H});
   return out;
 }
 
@@ -125,6 +134,6 @@ PYBIND11_MODULE(_reference, m) {
         py::arg("recurrent_mask").noconvert() = py::none(),
         py::arg("keep_h").noconvert() = py::none(), py::arg("keep_c").noconvert() = py::none(),
         py::arg("peephole").noconvert() = py::none(),
-        py::arg("grad_cells").noconvert() = py::none(),
+        py::arg("grad_cells").noconvert() = py::none(), py::arg("w_hr").noconvert() = py::none(),
         "Outputs, last state and all gradients of one layer as a dict; None stands for zeros.");
 }

@@ -46,8 +46,9 @@ class Stack:
     """The recurrent layers of one module, over parameter arrays that belong to the caller.
 
     `weights` holds for each layer, and in it each direction, `weight_ih`, `weight_hh`, `bias_ih`,
-    `bias_hh`, `h0` and `c0`, `None` for what it does not have, C-contiguous and of `dtype`; they
-    are kept by reference. `options` may have `bidirectional` and `dropout`.
+    `bias_hh`, `weight_hr`, `h0`, `c0` and `weight_peephole`, `None` for what it does not have,
+    C-contiguous and of `dtype`; they are kept by reference. `options` may have `bidirectional`,
+    `dropout`, `peephole`, `recurrent_dropout`, `zoneout_h`, `zoneout_c` and `proj_size`.
 
     `batch` has what is known of a batch beside x: `lengths`, int64 `[B]`, and `seed`, of the
     dropout.
@@ -138,7 +139,7 @@ class Verbs:
     """The three verbs for one shape of stack, over memory of another library.
 
     Arrays are addresses, 0 for none, sequences an address and the strides of time and batch in
-    elements, weights four addresses a layer. Nothing about them is checked. `batch_sizes` is the
+    elements, weights eight addresses a layer. Nothing about them is checked. `batch_sizes` is the
     address of those of a packed sequence, whose own step is that of the batch.
     """
 
@@ -149,6 +150,7 @@ class Verbs:
         hidden_size: int,
         num_layers: int,
         directions: int,
+        proj_size: int,
         is_double: bool,
     ) -> None: ...
     def tape_size(self, T: int, B: int, batch_sizes: int = 0) -> int: ...

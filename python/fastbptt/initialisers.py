@@ -64,12 +64,13 @@ def normal(array: Array, rng: np.random.Generator) -> None:
 
 
 def orthogonal(array: Array, rng: np.random.Generator) -> None:
-    """Fill a square matrix with a random orthogonal one (Saxe et al. 2014).
+    """Fill a matrix with a random orthogonal one (Saxe et al. 2014).
 
     Parameters
     ----------
     array : ndarray
-        `[H, H]`, float32 or float64; written.
+        `[M, N]`, float32 or float64; written. Its rows or its columns, whichever are fewer, become
+        orthonormal.
     rng : numpy.random.Generator
         Where the numbers come from.
 
@@ -87,6 +88,8 @@ def orthogonal(array: Array, rng: np.random.Generator) -> None:
     >>> bool(np.allclose(weight @ weight.T, np.eye(5)))
     True
     """
+    if array.shape[0] < array.shape[1]:
+        array = array.T
     q, r = np.linalg.qr(rng.standard_normal(array.shape))
     array[...] = q * np.where(np.diagonal(r) < 0.0, -1.0, 1.0)
 
@@ -124,8 +127,9 @@ def orthogonal_layers(
 ) -> None:
     """Fill recurrent layers so that signals keep their size from step to step.
 
-    The recurrent matrix of each gate is orthogonal (Saxe et al. 2014), the input matrix of each
-    gate uniform over `[-b, b)` with `b = sqrt(6 / (I + H))` (Glorot & Bengio 2010), biases zero.
+    The recurrent matrix of each gate, and a projection, is orthogonal (Saxe et al. 2014), the
+    input matrix of each gate uniform over `[-b, b)` with `b = sqrt(6 / (I + H))` (Glorot & Bengio
+    2010), biases zero.
 
     Parameters
     ----------
@@ -148,8 +152,10 @@ def orthogonal_layers(
     """
     for name, weight in weights.items():
         if name.startswith("weight_hh"):
-            for gate in weight.reshape(-1, hidden_size, hidden_size):
+            for gate in weight.reshape(-1, hidden_size, weight.shape[1]):
                 orthogonal(gate, rng)
+        elif name.startswith("weight_hr"):
+            orthogonal(weight, rng)
         elif name.startswith("weight_ih"):
             uniform(weight, math.sqrt(6.0 / (weight.shape[1] + hidden_size)), rng)
         else:

@@ -28,7 +28,16 @@ from fastbptt._core import Stack, Tape
 from fastbptt._part import Gradients, Part, StateT
 
 # The parameters of a layer in one direction, in the order of the core.
-_KINDS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "h0", "c0", "weight_peephole")
+_KINDS = (
+    "weight_ih",
+    "weight_hh",
+    "bias_ih",
+    "bias_hh",
+    "weight_hr",
+    "h0",
+    "c0",
+    "weight_peephole",
+)
 
 
 class Recurrent(Part, Generic[StateT]):
@@ -51,6 +60,7 @@ class Recurrent(Part, Generic[StateT]):
     input_size: int
     hidden_size: int
     num_layers: int
+    proj_size: int
     bias: bool
     batch_first: bool
     bidirectional: bool
@@ -81,10 +91,16 @@ class Recurrent(Part, Generic[StateT]):
         learn_initial_state: bool = False,
         recurrent_dropout: float = 0.0,
         zoneout: float | tuple[float, float] = 0.0,
+        proj_size: int = 0,
     ) -> None:
         self.input_size = as_size("input_size", input_size)
         self.hidden_size = as_size("hidden_size", hidden_size)
         self.num_layers = as_size("num_layers", num_layers)
+        self.proj_size = as_size("proj_size", proj_size, least=0)
+        if self.proj_size >= self.hidden_size:
+            raise ValueError(
+                f"proj_size: got {self.proj_size}, wanted less than hidden_size {self.hidden_size}"
+            )
         self.bias = as_bool("bias", bias)
         self.batch_first = as_bool("batch_first", batch_first)
         self.dtype = as_dtype(dtype)
@@ -93,12 +109,15 @@ class Recurrent(Part, Generic[StateT]):
         self.learn_initial_state = as_bool("learn_initial_state", learn_initial_state)
         self.recurrent_dropout = as_probability("recurrent_dropout", recurrent_dropout)
         self.zoneout = self._as_zoneout(zoneout)
+        for name in ("recurrent_dropout", "zoneout"):
+            self._check_alone(name, getattr(self, name))
         L, I, H, D = self.num_layers, self.input_size, self.hidden_size, self.directions  # noqa: E741
-        columns = (I + H) + (L - 1) * (D + 1) * H + (2 * L if self.bias else 0)
+        R, P = self.proj_size or H, self.proj_size
+        columns = (I + R) + (L - 1) * (D + 1) * R + (2 * L if self.bias else 0)
         check_parameters(
             f"input_size={I}, hidden_size={H}, num_layers={L}",
-            D * self._gates * H * columns,
-            D * L * (4 if self.bias else 2),
+            D * H * (self._gates * columns + L * P),
+            D * L * ((4 if self.bias else 2) + (P > 0)),
             self.dtype,
         )
 
@@ -109,8 +128,15 @@ class Recurrent(Part, Generic[StateT]):
 
     @property
     def output_size(self) -> int:
-        """The width of y: D*H."""
-        return self.directions * self.hidden_size
+        """The width of y: D*H, or D*P with a projection."""
+        return self.directions * (self.proj_size or self.hidden_size)
+
+    def _check_alone(self, name: str, value: Any) -> None:
+        """Refuse what a layer with a projection has not."""
+        if self.proj_size and value is not None and np.any(value):
+            raise ValueError(
+                f"{name}: got it beside proj_size={self.proj_size}, wanted one of them"
+            )
 
     def _as_zoneout(self, value: Any) -> float | tuple[float, float]:
         if not isinstance(value, (tuple, list)):
@@ -210,14 +236,17 @@ class Recurrent(Part, Generic[StateT]):
 
     def _shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         rows, H = self._gates * self.hidden_size, self.hidden_size
+        R = self.proj_size or H
         for layer, suffix in self._runs():
             yield f"weight_ih{suffix}", (rows, self.output_size if layer else self.input_size)
-            yield f"weight_hh{suffix}", (rows, H)
+            yield f"weight_hh{suffix}", (rows, R)
             if self.bias:
                 yield f"bias_ih{suffix}", (rows,)
                 yield f"bias_hh{suffix}", (rows,)
+            if self.proj_size:
+                yield f"weight_hr{suffix}", (self.proj_size, H)
             if self.learn_initial_state:
-                yield f"h0{suffix}", (H,)
+                yield f"h0{suffix}", (R,)
                 if self._has_cells:
                     yield f"c0{suffix}", (H,)
             if self.peephole:
@@ -249,10 +278,13 @@ class Recurrent(Part, Generic[StateT]):
             "recurrent_dropout": self.recurrent_dropout,
             "zoneout_h": pair[0],
             "zoneout_c": pair[1] if self._has_cells else 0.0,
+            "proj_size": self.proj_size,
         }
 
     def _flags(self, T: int, B: int, resets: Any, mask: Any) -> dict[str, Array]:
         """Return those that there are of resets and mask, `[T, B]`, by name."""
+        for name, flags in (("resets", resets), ("mask", mask)):
+            self._check_alone(name, flags is not None)
         return {
             name: as_flags(name, flags, T, B, self.batch_first)
             for name, flags in (("resets", resets), ("mask", mask))
@@ -280,6 +312,7 @@ class Recurrent(Part, Generic[StateT]):
                 raise ValueError(
                     f"return_cells: got True for {type(self).__name__}, which has no cells"
                 )
+            self._check_alone("return_cells", cells)
             batch["cells"] = True
         if seed is not None:
             batch["seed"] = seed
@@ -769,6 +802,11 @@ class LSTM(Recurrent[tuple[Array, Array]]):
         I and H.
     num_layers : int
         L; each layer but the first takes the output of the one below.
+    proj_size : int
+        P, less than H: h and y have P values, `h_t = W_hr (o*tanh(c_t))` (Sak et al. 2014), and c
+        has H. There is `weight_hr` `[P, H]`, and `weight_hh` is `[4H, P]`. 0 for no projection. It
+        goes with both directions, lengths, dropout and a learned initial state, not with the other
+        options.
     bias : bool
         Whether there are `b_ih` and `b_hh`.
     batch_first : bool
@@ -834,6 +872,9 @@ class LSTM(Recurrent[tuple[Array, Array]]):
     ((10, 2, 4), (2, 2, 4), (2, 2, 4))
     >>> layer.weights["bias_ih_l1"][4:8].tolist()
     [1.0, 1.0, 1.0, 1.0]
+    >>> y, (h, c) = fb.LSTM(3, 4, proj_size=2)(np.ones((10, 2, 3), np.float32))
+    >>> y.shape, h.shape, c.shape
+    ((10, 2, 2), (1, 2, 2), (1, 2, 4))
     """
 
     kind = "LSTM"
@@ -846,6 +887,7 @@ class LSTM(Recurrent[tuple[Array, Array]]):
         hidden_size: int,
         num_layers: int = 1,
         *,
+        proj_size: int = 0,
         bias: bool = True,
         batch_first: bool = False,
         dtype: DTypeLike = "float32",
@@ -865,6 +907,7 @@ class LSTM(Recurrent[tuple[Array, Array]]):
             input_size=input_size,
             hidden_size=hidden_size,
             num_layers=num_layers,
+            proj_size=proj_size,
             bias=bias,
             batch_first=batch_first,
             dtype=dtype,
@@ -883,15 +926,19 @@ class LSTM(Recurrent[tuple[Array, Array]]):
         self.coupled = as_bool("coupled", coupled)
         self._gates, self._keep_gate = (3, 0) if self.coupled else (4, 1)
         self._set_sizes(**settings)
+        for name in ("peephole", "coupled"):
+            self._check_alone(name, getattr(self, name))
 
     def _settings(self) -> dict[str, Any]:
-        return {**super()._settings(), "peephole": self.peephole, "coupled": self.coupled}
+        own = {"proj_size": self.proj_size, "peephole": self.peephole, "coupled": self.coupled}
+        return {**super()._settings(), **own}
 
     def _cell(self) -> str:
         return "lstm_coupled" if self.coupled else "lstm"
 
     def _arguments(self) -> list[str]:
-        more = [f"{name}=True" for name in ("peephole", "coupled") if getattr(self, name)]
+        more = [f"proj_size={self.proj_size}"] if self.proj_size else []
+        more += [f"{name}=True" for name in ("peephole", "coupled") if getattr(self, name)]
         return super()._arguments() + more
 
     def _as_state(self, name: str, state: Any) -> Any:

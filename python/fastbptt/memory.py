@@ -100,7 +100,8 @@ def needs_of(
         What the core is to know of the batch beside x.
     """
     layer, item = model.recurrent, model.dtype.itemsize
-    states = layer.num_layers * layer.output_size * item * (2 if layer.kind == "LSTM" else 1)
+    cells = layer.directions * layer.hidden_size if layer.kind == "LSTM" else 0
+    states = layer.num_layers * (layer.output_size + cells) * item
     # y, and x where it is made, wait for the way back; the others are there for a piece only.
     kept = layer.output_size * item + read_bytes
     passing = layer.output_size * item + target_bytes

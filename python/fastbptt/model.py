@@ -80,9 +80,10 @@ class Model:
             )
         if readout is not None and readout.in_features != recurrent.output_size:
             D = "" if recurrent.directions == 1 else "2 x "
+            size = "proj_size" if recurrent.proj_size else "hidden_size"
             raise ValueError(
                 f"parts: got {readout!r} with in_features {readout.in_features} behind "
-                f"{recurrent!r} with {D}hidden_size {recurrent.output_size}, wanted the same"
+                f"{recurrent!r} with {D}{size} {recurrent.output_size}, wanted the same"
             )
         self.parts = parts
         self.embedding = embedding

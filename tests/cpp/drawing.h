@@ -119,34 +119,34 @@ struct StateArrays {
   Array<S> c;
   StateArrays() = default;
   StateArrays(const StackShape& s, Index B, Index offset)
-      : h(s.num_layers * B * s.hidden_size, offset) {
-    if (has_cell_state(s.cell)) c = Array<S>(h.size(), offset);
+      : h(s.num_layers * B * s.output_size(), offset) {
+    if (has_cell_state(s.cell)) c = Array<S>(s.num_layers * B * s.hidden_size, offset);
   }
   State<S> view() const { return {h.data(), c.data()}; }
   State<const S> const_view() const { return {h.data(), c.data()}; }
 };
 
-// w_ih, w_hh, b_ih, b_hh and peephole of every layer; those that it has not are null.
+// The weights of every layer in the order of weight_member; those that it has not are null.
 template <class S>
 struct WeightArrays {
   std::vector<Array<S>> arrays;
   WeightArrays() = default;
   WeightArrays(const StackShape& s, bool bias, Index offset) {
+    const bool there[weights_a_layer] = {
+        true, true, bias, bias, s.proj_size > 0, false, false, s.options.peephole};
     for (Index l = 0; l < s.num_layers; ++l) {
-      const Index GH = gates(s.cell) * s.hidden_size;
-      arrays.emplace_back(GH * s.layer(l).input_size, offset);
-      arrays.emplace_back(GH * s.hidden_size, offset);
-      for (int i = 0; i < 2; ++i) arrays.push_back(bias ? Array<S>(GH, offset) : Array<S>());
-      const Index peephole = peepholes(s.cell) * s.hidden_size;
-      arrays.push_back(s.options.peephole ? Array<S>(peephole, offset) : Array<S>());
+      for (int i = 0; i < weights_a_layer; ++i) {
+        const auto [rows, columns] = weight_shape(s.layer(l), i);
+        arrays.push_back(there[i] ? Array<S>(columns > 0 ? rows * columns : rows, offset)
+                                  : Array<S>());
+      }
     }
   }
   template <class T = S>
   std::vector<Weights<T>> views() const {
-    std::vector<Weights<T>> all(arrays.size() / 5);
-    for (std::size_t l = 0; l < all.size(); ++l) {
-      const Array<S>* a = &arrays[5 * l];
-      all[l] = {a[0].data(), a[1].data(), a[2].data(), a[3].data(), nullptr, nullptr, a[4].data()};
+    std::vector<Weights<T>> all(arrays.size() / weights_a_layer);
+    for (std::size_t i = 0; i < arrays.size(); ++i) {
+      all[i / weights_a_layer].*weight_member<T>[i % weights_a_layer] = arrays[i].data();
     }
     return all;
   }

@@ -49,7 +49,7 @@ Index draw_size(Random& random) {
 
 double flops(const StackShape& s) {
   return 2.0 * gates(s.cell) * s.hidden_size *
-         double(s.input_size + (2 * s.num_layers - 1) * s.hidden_size);
+         double(s.input_size + (2 * s.num_layers - 1) * s.output_size());
 }
 
 Options draw_options(Random& random) {
@@ -62,6 +62,9 @@ Options draw_options(Random& random) {
   o.shape.input_size = draw();
   do o.shape.hidden_size = draw();
   while (flops(o.shape) > most_flops);
+  if (o.shape.cell == Cell::lstm && o.shape.hidden_size > 1 && random.chance(0.4)) {
+    o.shape.proj_size = random.between(1, o.shape.hidden_size - 1);
+  }
   const auto layout = [&] { return static_cast<Layout>(random.between(0, 3)); };
   o.bias = random.chance(0.8);
   o.initial = random.chance(0.7);
@@ -71,7 +74,7 @@ Options draw_options(Random& random) {
   o.threads = static_cast<int>(random.between(1, 3));
   o.x = layout(), o.y = layout(), o.dy = layout(), o.dx = layout();
   o.offset = random.between(0, 1);
-  if (random.chance(0.5)) {
+  if (o.shape.proj_size == 0 && random.chance(0.5)) {
     const auto rate = [&] { return random.chance(0.3) ? random.between(1, 10) * 0.1 : 0.0; };
     o.resets = random.chance(0.4), o.mask = random.chance(0.4);
     o.shape.options.recurrent_dropout = rate();
@@ -102,16 +105,16 @@ Options draw_options(Random& random) {
 
 std::string text_of(const Options& o, const char* type) {
   char text[500];
-  std::snprintf(text, sizeof text,
-                "%s %s T=%td B=%td I=%td H=%td L=%td bias=%d initial=%d grad_y=%d grad_final=%d "
-                "grad_x=%d threads=%d layouts x=%d y=%d dy=%d dx=%d offset=%td resets=%d mask=%d "
-                "recurrent_dropout=%g zoneout=%g,%g peephole=%d seeded=%d cells=%d,%d begin=%td",
-                name_of(o.shape.cell), type, o.T, o.B, o.shape.input_size, o.shape.hidden_size,
-                o.shape.num_layers, o.bias, o.initial, o.grad_y, o.grad_final, o.grad_x, o.threads,
-                int(o.x), int(o.y), int(o.dy), int(o.dx), o.offset, o.resets, o.mask,
-                o.shape.options.recurrent_dropout, o.shape.options.zoneout_h,
-                o.shape.options.zoneout_c, o.shape.options.peephole, o.seeded, o.cells,
-                o.grad_cells, o.begin);
+  std::snprintf(
+      text, sizeof text,
+      "%s %s T=%td B=%td I=%td H=%td P=%td L=%td bias=%d initial=%d grad_y=%d grad_final=%d "
+      "grad_x=%d threads=%d layouts x=%d y=%d dy=%d dx=%d offset=%td resets=%d mask=%d "
+      "recurrent_dropout=%g zoneout=%g,%g peephole=%d seeded=%d cells=%d,%d begin=%td",
+      name_of(o.shape.cell), type, o.T, o.B, o.shape.input_size, o.shape.hidden_size,
+      o.shape.proj_size, o.shape.num_layers, o.bias, o.initial, o.grad_y, o.grad_final, o.grad_x,
+      o.threads, int(o.x), int(o.y), int(o.dy), int(o.dx), o.offset, o.resets, o.mask,
+      o.shape.options.recurrent_dropout, o.shape.options.zoneout_h, o.shape.options.zoneout_c,
+      o.shape.options.peephole, o.seeded, o.cells, o.grad_cells, o.begin);
   return text;
 }
 
@@ -173,7 +176,7 @@ class StackProblem {
   StackProblem(Random& random, const Options& o)
       : o_(o),
         x_(o.x, o.T, o.B, o.shape.input_size, o.offset),
-        dy_(o.dy, o.T, o.B, o.shape.hidden_size, o.offset),
+        dy_(o.dy, o.T, o.B, o.shape.output_size(), o.offset),
         initial_(o.shape, o.B, o.offset),
         grad_final_(o.shape, o.B, o.offset),
         grad_cells_(o.dy, o.T, o.B, o.shape.hidden_size, o.offset),
@@ -189,7 +192,7 @@ class StackProblem {
     const double allowed = tolerance<S>(L * (o_.shape.input_size + H) + o_.T * o_.B);
     const Expected want = expected();
     const auto weights = weights_.template views<const S>();
-    const SequenceArray<S> y(o_.y, o_.T, o_.B, H, o_.offset);
+    const SequenceArray<S> y(o_.y, o_.T, o_.B, o_.shape.output_size(), o_.offset);
     const StateArrays<S> final(o_.shape, o_.B, o_.offset);
     Forward<S> run{o_.T, input(), {}, y.view(), final.view()};
     run.begin = o_.begin;
@@ -253,12 +256,13 @@ class StackProblem {
     if (grad_initial.c.data()) {
       verdict.close("grad_c", grad_initial.c.doubles(), want.grad_c, allowed);
     }
-    const char* const kinds[] = {"w_ih", "w_hh", "b_ih", "b_hh", "peephole"};
+    const char* const kinds[] = {"w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "h0", "c0", "peephole"};
     for (std::size_t i = 0; i < grads.arrays.size(); ++i) {
       if (!grads.arrays[i].data()) continue;
       Vector sum = want.grads[i];
       for (double& value : sum) value += 0.5;
-      verdict.close("grad_" + std::string(kinds[i % 5]) + " of layer " + std::to_string(i / 5),
+      verdict.close("grad_" + std::string(kinds[i % weights_a_layer]) + " of layer " +
+                        std::to_string(i / weights_a_layer),
                     grads.arrays[i].doubles(), sum, allowed);
     }
 
@@ -311,7 +315,7 @@ class StackProblem {
   }
 
   reference::Problem layer_problem(Index l, const Vector& x) {
-    const Index H = o_.shape.hidden_size, n = o_.B * H;
+    const Index H = o_.shape.hidden_size, n_h = o_.B * o_.shape.output_size(), n_c = o_.B * H;
     reference::Problem p{};
     p.cell = static_cast<reference::Cell>(o_.shape.cell);
     p.T = o_.T, p.B = o_.B, p.I = o_.shape.layer(l).input_size, p.H = H;
@@ -322,17 +326,18 @@ class StackProblem {
       return pointer(*kept_.back());
     };
     if (o_.initial) {
-      p.h0 = keep(slice(initial_.h.doubles(), l, n));
-      p.c0 = keep(slice(initial_.c.doubles(), l, n));
+      p.h0 = keep(slice(initial_.h.doubles(), l, n_h));
+      p.c0 = keep(slice(initial_.c.doubles(), l, n_c));
     }
     if (o_.grad_final) {
-      p.grad_h = keep(slice(grad_final_.h.doubles(), l, n));
-      p.grad_c = keep(slice(grad_final_.c.doubles(), l, n));
+      p.grad_h = keep(slice(grad_final_.h.doubles(), l, n_h));
+      p.grad_c = keep(slice(grad_final_.c.doubles(), l, n_c));
     }
-    const Array<S>* w = &weights_.arrays[5 * l];
+    const Array<S>* w = &weights_.arrays[weights_a_layer * l];
     p.w_ih = keep(w[0].doubles()), p.w_hh = keep(w[1].doubles());
     p.b_ih = keep(w[2].doubles()), p.b_hh = keep(w[3].doubles());
-    p.peephole = keep(w[4].doubles());
+    p.peephole = keep(w[7].doubles());
+    p.P = o_.shape.proj_size, p.w_hr = keep(w[4].doubles());
     p.resets = resets_.data();
     p.mask = mask_.data();
     if (o_.grad_cells && l == o_.shape.num_layers - 1) p.grad_cells = keep(grad_cells_.doubles());
@@ -379,6 +384,7 @@ class StackProblem {
       results.insert(results.begin(), reference::run(p));
       grad_y = results.front().grad_x;
     }
+    const Vector none;  // of the learned states, which no problem has
     Expected want;
     want.y = results.back().y;
     want.cells = results.back().cells;
@@ -388,8 +394,8 @@ class StackProblem {
       append(want.c, r.c);
       append(want.grad_h, r.grad_h0);
       append(want.grad_c, r.grad_c0);
-      for (const Vector* grad :
-           {&r.grad_w_ih, &r.grad_w_hh, &r.grad_b_ih, &r.grad_b_hh, &r.grad_peephole}) {
+      for (const Vector* grad : {&r.grad_w_ih, &r.grad_w_hh, &r.grad_b_ih, &r.grad_b_hh,
+                                 &r.grad_w_hr, &none, &none, &r.grad_peephole}) {
         want.grads.push_back(*grad);
       }
     }

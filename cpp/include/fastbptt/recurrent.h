@@ -16,13 +16,16 @@ struct StackShape {
   Index hidden_size;
   Index num_layers;
   Index directions = 1;
-  double dropout = 0;  // the part of every layer's output, but the last's, that training drops
+  double dropout = 0;   // the part of every layer's output, but the last's, that training drops
+  Index proj_size = 0;  // of every layer, which then has no options; 0: no projection
   LayerOptions options{};
   Index layers() const { return num_layers * directions; }
   LayerShape layer(Index k) const {
-    return {cell, k < directions ? input_size : directions * output_size(), hidden_size, options};
+    return {cell, k < directions ? input_size : directions * output_size(), hidden_size, proj_size,
+            options};
   }
-  Index output_size() const { return hidden_size; }  // of one direction
+  // Of one direction.
+  Index output_size() const { return proj_size > 0 ? proj_size : hidden_size; }
 };
 
 // Asked now and then by the calling thread during a long call; true stops the work with
@@ -73,11 +76,12 @@ inline Index tape_size(const StackShape& shape, Index T, Index B) {
 template <class S>
 void copy_tape_step(const StackShape& shape, Index B, const S* step, S* tape, Index T, Index t);
 
-// Some steps of a sequence: n >= 0 of them, of all B rows. D*H is the width of y.
+// Some steps of a sequence: n >= 0 of them, of all B rows. D*H is the width of y, D*P with a
+// projection.
 //   x      [n, B, I]; may be null if n is 0
 //   y      [n, B, D*H]; must not overlap x
-//   initial, final  [L*D, B, H]; initial.h null: the learned state, or zeros; may not overlap
-//   begin  the step of the sequence that they begin with; with two directions 0, and n is T
+//   initial, final  [L*D, B, H], h with P; initial.h null: the learned state, or zeros; may not
+//   overlap begin  the step of the sequence that they begin with; with two directions 0, and n is T
 //   cells  [n, B, D*H], every c of the last layer; data null: not wanted
 template <class S>
 struct Forward {

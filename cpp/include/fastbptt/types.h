@@ -62,9 +62,10 @@ struct LayerShape {
   Cell cell;
   Index input_size;
   Index hidden_size;
+  Index proj_size = 0;  // P, of the LSTM, which then has no options; 0: no projection
   LayerOptions options{};
   // Values of h, and of y, a step and row.
-  constexpr Index output_size() const { return hidden_size; }
+  constexpr Index output_size() const { return proj_size > 0 ? proj_size : hidden_size; }
 };
 
 // A sequence [T, B, F] whose last axis is contiguous: element (t, b, f) is data[t*step + b*row +
@@ -80,7 +81,8 @@ struct Sequence {
   }
 };
 
-// h and, for the LSTM, c: [B, H] of a layer or [L*D, B, H] of a stack, contiguous.
+// h and, for the LSTM, c: [B, H] of a layer or [L*D, B, H] of a stack, contiguous. With a
+// projection h has P in the place of H.
 template <class S>
 struct State {
   S* h = nullptr;
@@ -89,26 +91,28 @@ struct State {
 
 // Of one layer in one direction, in PyTorch's layout: w_ih [G*H, I], w_hh [G*H, H], biases [G*H] or
 // null, the learned initial state h0, c0 [H] or null, and the peepholes [P*H] or null, those of i,
-// f, o or, with coupled gates, f, o.
+// f, o or, with coupled gates, f, o. With a projection w_hh is [G*H, P], h0 [P] and w_hr [P, H],
+// else null.
 template <class S>
 struct Weights {
   S* w_ih = nullptr;
   S* w_hh = nullptr;
   S* b_ih = nullptr;
   S* b_hh = nullptr;
+  S* w_hr = nullptr;
   S* h0 = nullptr;
   S* c0 = nullptr;
   S* peephole = nullptr;
 };
 
 // The same as a list, for those who treat them all alike.
-constexpr int weights_a_layer = 7;
+constexpr int weights_a_layer = 8;
 template <class S>
 constexpr S* Weights<S>::* weight_member[weights_a_layer] = {
-    &Weights<S>::w_ih, &Weights<S>::w_hh, &Weights<S>::b_ih,    &Weights<S>::b_hh,
-    &Weights<S>::h0,   &Weights<S>::c0,   &Weights<S>::peephole};
+    &Weights<S>::w_ih, &Weights<S>::w_hh, &Weights<S>::b_ih, &Weights<S>::b_hh,
+    &Weights<S>::w_hr, &Weights<S>::h0,   &Weights<S>::c0,   &Weights<S>::peephole};
 
-// Of one in that list; columns 0: a vector.
+// Of one in that list; columns 0: a vector, rows 0: this layer has none.
 struct WeightShape {
   Index rows;
   Index columns;
@@ -121,10 +125,12 @@ constexpr WeightShape weight_shape(const LayerShape& s, int which) {
     case 1:
       return {rows, s.output_size()};
     case 4:
-      return {s.output_size(), 0};
+      return {s.proj_size, s.hidden_size};
     case 5:
-      return {s.hidden_size, 0};
+      return {s.output_size(), 0};
     case 6:
+      return {s.hidden_size, 0};
+    case 7:
       return {peepholes(s.cell) * s.hidden_size, 0};
     default:
       return {rows, 0};

@@ -14,7 +14,7 @@ namespace FASTBPTT_ISA {
 template <class S>
 struct GruCell {
   static constexpr bool wide = false;
-  static constexpr bool two_phases = false;
+  static constexpr Second second = Second::none;
   static constexpr bool carries_h = true;
   static constexpr bool has_c = false;
   static constexpr int packets = 4;
@@ -55,7 +55,7 @@ struct GruCell {
 template <class S>
 struct GruResetBeforeCell {
   static constexpr bool wide = false;
-  static constexpr bool two_phases = true;
+  static constexpr Second second = Second::candidate;
   static constexpr bool carries_h = true;
   static constexpr bool has_c = false;
   static constexpr int packets = 3;
@@ -79,13 +79,16 @@ struct GruResetBeforeCell {
     store(u.h, pmadd(z, psub(load(u.h_before, u.n), n), n), u.n);
   }
 
+  // The gradient of n's sum also goes to `grad_sum`, r h' again to `reset`.
   static FASTBPTT_INLINE void backward_candidate(const Packet<S>& grad_h, const ReverseUnit<S>& u,
-                                                 S* reset) {
+                                                 S* grad_sum, S* reset) {
     constexpr Index p = lanes<S>;
     const Packet<S> r = load(u.tape, u.n), z = load(u.tape + u.n, u.n),
                     n = load(u.tape + 2 * u.n, u.n), before = load(u.h_before, u.n);
     const Packet<S> through_z = pmul(grad_h, z);
-    store(u.grads, pmul(psub(grad_h, through_z), one_minus<S>(pmul(n, n))));
+    const Packet<S> grad_n = pmul(psub(grad_h, through_z), one_minus<S>(pmul(n, n)));
+    store(u.grads, grad_n);
+    store(grad_sum, grad_n);
     store(u.grads + 2 * p, pmul(pmul(through_z, psub(before, n)), one_minus<S>(z)));
     store(u.carry_h, through_z, u.n);
     store(reset, pmul(r, before), u.n);

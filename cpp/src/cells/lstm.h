@@ -4,6 +4,7 @@
 //
 // With peepholes (Gers & Schmidhuber 2000) the sums of i and f also take p_i c' and p_f c', that of
 // o takes p_o c, unit by unit. With coupled gates (Greff et al. 2017) there is no i but 1 - f.
+// With a projection (Sak et al. 2014) h = W_hr (o tanh(c)), P values, and u = W_hh h'.
 #pragma once
 #include "cells/unit.h"
 
@@ -30,7 +31,7 @@ FASTBPTT_INLINE Packet<S> peep_back(const ReverseUnit<S>& u, Index gate, const P
 template <class S>
 struct LstmCell {
   static constexpr bool wide = false;
-  static constexpr bool two_phases = false;
+  static constexpr Second second = Second::none;
   static constexpr bool carries_h = false;
   static constexpr bool has_c = true;
   static constexpr int packets = 4;
@@ -98,7 +99,7 @@ struct LstmCell {
 template <class S>
 struct LstmCoupledCell {
   static constexpr bool wide = false;
-  static constexpr bool two_phases = false;
+  static constexpr Second second = Second::none;
   static constexpr bool carries_h = false;
   static constexpr bool has_c = true;
   static constexpr int packets = 3;
@@ -149,6 +150,19 @@ struct LstmCoupledCell {
     Packet<S> carry = through_f;
     if constexpr (peepholes) carry = peep_back(u, 0, s_f, before, carry);
     store(u.carry_c, carry, u.n);
+  }
+};
+
+// To the cell, h is o tanh(c), and grad_h its gradient: the projection comes behind it.
+template <class S>
+struct LstmProjectedCell : LstmCell<S> {
+  static constexpr Second second = Second::projection;
+
+  // o tanh(c) again goes to `output`.
+  static FASTBPTT_INLINE void backward(const Packet<S>& grad, const ReverseUnit<S>& u, S* output) {
+    const Packet<S> o = load(u.tape + 3 * u.n, u.n);
+    store(output, pmul(o, tanh_of(load(u.c, u.n))), u.n);
+    LstmCell<S>::backward(grad, u);
   }
 };
 

@@ -6,8 +6,8 @@
 //                                    else 0, or, for the expectation, the probability of that
 //   return_cells                     c is written to another place too
 //
-// and, around those cells that have two phases, recurrent dropout: what the products see is m h'.
-// Peepholes are the cell's own; here they are only chosen.
+// and, around those cells that have a second product, recurrent dropout: what the products see is m
+// h'. Peepholes are the cell's own; here they are only chosen.
 #pragma once
 #include "cells/unit.h"
 
@@ -108,14 +108,15 @@ struct OptionedCell {
   }
 
   static FASTBPTT_INLINE void backward_candidate(const Packet<S>& grad_h, const ReverseUnit<S>& u,
-                                                 S* reset, const OptionUnit<S>& o) {
+                                                 S* grad_sum, S* reset, const OptionUnit<S>& o) {
     if (o.missing) {
       for (Index q = 0; q < Cell::packets; ++q) store(u.grads + q * p, constant<S>(0));
+      store(grad_sum, constant<S>(0));
       store(reset, constant<S>(0), u.n);
       return store(u.carry_h, grad_h, u.n);
     }
     const Packet<S> past_h = part(o.keep_h, grad_h, u.n);
-    Cell::backward_candidate(psub(grad_h, past_h), u, reset);
+    Cell::backward_candidate(psub(grad_h, past_h), u, grad_sum, reset);
     if (o.seen) store(reset, pmul(load(reset, u.n), load(o.seen, u.n)), u.n);
     finish_carry(past_h, u, o);
   }

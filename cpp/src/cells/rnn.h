@@ -13,7 +13,7 @@ namespace FASTBPTT_ISA {
 template <class S, bool Relu>
 struct RnnCell {
   static constexpr bool wide = true;
-  static constexpr bool two_phases = false;
+  static constexpr Second second = Second::none;
   static constexpr bool carries_h = false;
   static constexpr bool has_c = false;
   static constexpr int packets = 4;

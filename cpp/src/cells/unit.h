@@ -5,6 +5,9 @@
 namespace fastbptt {
 namespace FASTBPTT_ISA {
 
+// The product that a step makes of what its cell has computed, beside those of x and h'.
+enum class Second { none, candidate, projection };
+
 // The peepholes of these units, one run of n a gate, `row` apart; data null: there are none.
 template <class S>
 struct Peephole {

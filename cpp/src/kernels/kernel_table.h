@@ -63,9 +63,9 @@ struct ForwardJob {
   Index steps;
   Index batch;
   Sequence<const S> x;  // [steps, batch, I]
-  Sequence<S> y;        // [steps, batch, H]
+  Sequence<S> y;        // [steps, batch, H or P]
   Sequence<S> tape;     // [steps, batch, tape_width * H]; data null: keep nothing
-  State<S> state;       // [batch, H], in and out
+  State<S> state;       // h [batch, H or P] and c [batch, H], in and out
   const S* packed;      // by forward_pack; null: the weights as they are, for very few rows
   Weights<const S> weights;
   Team team;
@@ -78,14 +78,15 @@ struct ReverseJob {
   LayerShape shape;
   Index steps;
   Index batch;
-  bool first;              // no step before these; else y and tape may be read at step -1
-  State<const S> initial;  // [batch, H], the state before step 0, read where first; null h: zeros
-  Sequence<const S> x;     // as in ForwardJob
+  bool first;  // no step before these; else y and tape may be read at step -1
+  State<const S>
+      initial;  // as in ForwardJob, the state before step 0, read where first; null h: zeros
+  Sequence<const S> x;  // as in ForwardJob
   Sequence<const S> y;
   Sequence<const S> tape;
   Sequence<const S> grad_y;  // data null: zeros
   Sequence<S> grad_x;        // data null: not asked for
-  State<S> grad_state;       // [batch, H], in: after the last step, out: before the first
+  State<S> grad_state;       // like the state, in: after the last step, out: before the first
   const S* packed;           // by reverse_pack
   const S* peephole;         // [P, H], null: none
   Team team;

@@ -6,6 +6,7 @@
 #include "kernels/direct_product.h"
 #include "kernels/micro_kernel.h"
 #include "kernels/panels.h"
+#include "kernels/second_product.h"
 #include "kernels/step_options.h"
 
 namespace fastbptt {
@@ -23,9 +24,18 @@ class ForwardLayer {
     // Of several parts some may have fewer rows than others.
     const Index rows = x_goes_ahead(panels, batch) || batch < few_rows ? batch : few_rows;
     const Index ahead = panels.count() * steps * rows * width;
-    const Index phases =
-        Cell::two_phases ? batch * (2 * panels.blocks() * p + Cell::tape * s.hidden_size) : 0;
-    return ahead + team * batch * width + phases + StepView<S>::scratch(s, batch);
+    const SecondProduct<S, Cell> second(s);
+    const Index behind = batch * (second.input_row() + second.sums_row());
+    const Index kept = Cell::second == Second::candidate ? batch * Cell::tape * s.hidden_size : 0;
+    return ahead + team * batch * width + behind + kept + StepView<S>::scratch(s, batch);
+  }
+  static Index packed(const LayerShape& s) {
+    return Panels<S, Cell>(s).size() + SecondProduct<S, Cell>(s).size();
+  }
+  static void pack(const LayerShape& s, const Weights<const S>& w, S* to) {
+    const Panels<S, Cell> panels(s);
+    panels.pack_forward(w, to);
+    SecondProduct<S, Cell>(s).pack(w, to + panels.size());
   }
 
   static void run(const ForwardJob<S>& job) { ForwardLayer(job).run(); }
@@ -34,16 +44,18 @@ class ForwardLayer {
   explicit ForwardLayer(const ForwardJob<S>& job)
       : job_(job),
         panels_(job.shape),
+        second_(job.shape),
         ahead_(job.packed && x_goes_ahead(panels_, job.batch)),
         sums_of_x_(job.scratch),
         shared_sums_(sums_of_x_ + (ahead_ ? panels_.count() * job.steps * job.batch * width : 0)),
         sums_(shared_sums_ + job.team.rank * job.batch * width),
-        candidates_(shared_sums_ + job.team.size * job.batch * width),
-        resets_(candidates_ + (Cell::two_phases ? job.batch * panels_.blocks() * p : 0)),
-        kept_(resets_ + (Cell::two_phases ? job.batch * panels_.blocks() * p : 0)),
+        second_sums_(shared_sums_ + job.team.size * job.batch * width),
+        inputs_(second_sums_ + job.batch * second_.sums_row()),
+        kept_(inputs_ + job.batch * second_.input_row()),
         optioned_(job.options.any() || job.weights.peephole),
-        view_(job.options, job.batch, panels_.H, job.team,
-              kept_ + (Cell::two_phases ? job.batch * Cell::tape * panels_.H : 0)) {}
+        view_(
+            job.options, job.batch, panels_.H, job.team,
+            kept_ + (Cell::second == Second::candidate ? job.batch * Cell::tape * panels_.H : 0)) {}
 
   static constexpr Index few_rows = tile_rows(Cell::h_count);
   // With so few rows that each panel serves a single tile, or weights that do not stay in L2 from
@@ -59,7 +71,7 @@ class ForwardLayer {
     const Index begin = team.begin(panels_.count()), end = team.end(panels_.count());
     for (Index j = begin; ahead_ && j < end; ++j) multiply_x_ahead(j);
     for (Index t = 0; t < job_.steps; ++t) {
-      h_ = t == 0 ? Sequence<const S>{job_.state.h, 0, panels_.H}
+      h_ = t == 0 ? Sequence<const S>{job_.state.h, 0, panels_.R}
                   : Sequence<const S>{job_.y.at(t - 1), 0, job_.y.row};
       before_ = h_;
       if (optioned_) {
@@ -75,15 +87,15 @@ class ForwardLayer {
         }
       }
       team.wait();
-      if constexpr (Cell::two_phases) {
-        const Index n = panels_.candidate_panels();
-        for (Index j = team.begin(n); j < team.end(n); ++j) step_candidate(t, j);
+      if constexpr (Cell::second != Second::none) {
+        const Index n = second_.count();
+        for (Index j = team.begin(n); j < team.end(n); ++j) step_second(t, j);
         team.wait();
       }
     }
     const Sequence<S> last = job_.y.from(job_.steps - 1);
     for (Index b = 0; b < job_.batch && team.rank == 0; ++b) {
-      for (Index i = 0; i < panels_.H; ++i) job_.state.h[b * panels_.H + i] = last.at(0, b)[i];
+      for (Index i = 0; i < panels_.R; ++i) job_.state.h[b * panels_.R + i] = last.at(0, b)[i];
     }
     team.wait();
   }
@@ -125,7 +137,7 @@ class ForwardLayer {
   }
 
   void step_panel(Index t, Index j) {
-    const Index B = job_.batch, I = panels_.I, H = panels_.H;
+    const Index B = job_.batch, I = panels_.I, K_h = panels_.R;
     const Index packets_of_tile = Cell::x_count;  // of x and h: the larger
     const Index x_step = panels_.packets(j, x_range<Cell>) * p;
     const Index h_step = panels_.packets(j, h_range<Cell>) * p;
@@ -133,9 +145,9 @@ class ForwardLayer {
     if (!ahead_) fill(sums, B, j);
     // Ranges of the inner dimension of so many steps.
     const Index most = columns_at_once();
-    const bool whole = B <= few_rows || (ahead_ ? 0 : I) + H <= most + most / 2;
+    const bool whole = B <= few_rows || (ahead_ ? 0 : I) + K_h <= most + most / 2;
     const Index x_passes = ahead_ ? 0 : whole ? 1 : ceil_div(I, most);
-    const Index h_passes = whole ? 1 : ceil_div(H, most);
+    const Index h_passes = whole ? 1 : ceil_div(K_h, most);
     const auto pass = [&](Index R, Index row, const Sequence<const S>& a, Range range, Index begin,
                           Index end, const S* panel) {
       RowsProduct<S> product{
@@ -155,23 +167,23 @@ class ForwardLayer {
         });
       }
       for (Index i = 0; i < h_passes - 1; ++i) {
-        const Index begin = H * i / h_passes, end = H * (i + 1) / h_passes;
+        const Index begin = K_h * i / h_passes, end = K_h * (i + 1) / h_passes;
         for_row_tiles(B, packets_of_tile, [&](Index R, Index row) {
           pass(R, row, h_, h_range<Cell>, begin, end, h_panel + begin * h_step);
         });
       }
     }
-    const Index begin = H * (h_passes - 1) / h_passes;
+    const Index begin = K_h * (h_passes - 1) / h_passes;
     for_row_tiles(B, packets_of_tile, [&](Index R, Index row) {
       if (whole && !ahead_) pass(R, row, x, x_range<Cell>, 0, I, x_panel);
-      pass(R, row, h_, h_range<Cell>, begin, H, h_panel + begin * h_step);
+      pass(R, row, h_, h_range<Cell>, begin, K_h, h_panel + begin * h_step);
       for (Index r = row; r < row + R; ++r) finish(t, j, r, sums + r * width);
     });
   }
 
   void step_panel_directly(Index t, Index j) {
     const Weights<const S>& w = job_.weights;
-    const Index I = panels_.I, H = panels_.H;
+    const Index I = panels_.I, K = panels_.R;
     using P = Panels<S, Cell>;
     for (Index b = 0; b < job_.batch; ++b) {
       S* const sums = sums_ + b * width;
@@ -181,7 +193,7 @@ class ForwardLayer {
         if (w.b_ih && P::takes_b_ih(q)) sum = load(w.b_ih + row, n);
         if (w.b_hh && P::takes_b_hh(q)) sum = padd(sum, load(w.b_hh + row, n));
         if (P::takes_x(q)) sum = padd(sum, dots(w.w_ih + row * I, n, job_.x.at(t, b), I));
-        if (P::takes_h(q)) sum = padd(sum, dots(w.w_hh + row * H, n, h_.at(0, b), H));
+        if (P::takes_h(q)) sum = padd(sum, dots(w.w_hh + row * K, n, h_.at(0, b), K));
         store(sums + q * p, sum);
       }
       finish(t, j, b, sums);
@@ -192,12 +204,16 @@ class ForwardLayer {
     const Index n = panels_.units(first);
     ForwardUnit<S> u{};
     u.n = n;
-    u.h_before = before_.at(0, b) + first;
-    u.h = job_.y.at(t, b) + first;
+    if constexpr (Cell::second == Second::projection) {
+      u.h = inputs_ + b * second_.input_row() + first;
+    } else {
+      u.h_before = before_.at(0, b) + first;
+      u.h = job_.y.at(t, b) + first;
+    }
     if (job_.state.c) u.c = job_.state.c + b * panels_.H + first;
     if (job_.tape.data)
       u.tape = job_.tape.at(t, b) + first * Cell::tape;
-    else if (Cell::two_phases)
+    else if (Cell::second == Second::candidate)
       u.tape = kept_ + (b * panels_.H + first) * Cell::tape;
     if (job_.weights.peephole) u.peephole = {job_.weights.peephole + first, panels_.H};
     return u;
@@ -205,14 +221,16 @@ class ForwardLayer {
 
   // The cell, from the sums of one row.
   FASTBPTT_INLINE void finish(Index t, Index j, Index b, const S* sums) const {
-    if (optioned_) return finish_optioned(t, j, b, sums);
+    if constexpr (Cell::second != Second::projection) {
+      if (optioned_) return finish_optioned(t, j, b, sums);
+    }
     if constexpr (Cell::wide) {
       for (Index q = 0; q < panels_.packets(j); ++q) {
         Cell::forward(sums + q * p, unit(t, b, panels_.unit(j, q)));
       }
-    } else if constexpr (Cell::two_phases) {
-      const Index at = (b * panels_.blocks() + j) * p;
-      Cell::forward_gates(sums, unit(t, b, j * p), candidates_ + at, resets_ + at);
+    } else if constexpr (Cell::second == Second::candidate) {
+      Cell::forward_gates(sums, unit(t, b, j * p), second_sums_ + b * second_.sums_row() + j * p,
+                          inputs_ + b * second_.input_row() + j * p);
     } else {
       Cell::forward(sums, unit(t, b, j * p));
     }
@@ -225,62 +243,68 @@ class ForwardLayer {
         const Index first = panels_.unit(j, q);
         Optioned::forward(sums + q * p, unit(t, b, first), view_.unit(t, b, first));
       }
-    } else if constexpr (Cell::two_phases) {
-      const Index at = (b * panels_.blocks() + j) * p;
-      Optioned::forward_gates(sums, unit(t, b, j * p), candidates_ + at, resets_ + at,
-                              view_.unit(t, b, j * p));
+    } else if constexpr (Cell::second == Second::candidate) {
+      Optioned::forward_gates(sums, unit(t, b, j * p),
+                              second_sums_ + b * second_.sums_row() + j * p,
+                              inputs_ + b * second_.input_row() + j * p, view_.unit(t, b, j * p));
     } else {
       Optioned::forward(sums, unit(t, b, j * p), view_.unit(t, b, j * p));
     }
   }
 
-  // Blocks 4j to 4j + 3 of the candidate: its sum so far, plus W_hn (r h').
-  void step_candidate(Index t, Index j) {
-    const Index row_size = panels_.blocks() * p;
-    const Index Q = panels_.blocks() - 4 * j < 4 ? panels_.blocks() - 4 * j : 4;
+  // Panel j of the second product, and what the cell does with it.
+  void step_second(Index t, Index j) {
+    const Index row_size = second_.sums_row(), K = second_.panels.I, Q = second_.panels.packets(j);
     for_row_tiles(job_.batch, Q, [&](Index R, Index row) {
-      S* const sums = candidates_ + row * row_size + 4 * j * p;
+      S* const sums = second_sums_ + row * row_size + 4 * j * p;
+      if constexpr (Cell::second == Second::projection) {
+        for (Index r = 0; r < R; ++r)
+          for (Index q = 0; q < Q; ++q) store(sums + r * row_size + q * p, constant<S>(0));
+      }
       if (job_.packed) {
-        RowsProduct<S> product{sums,
-                               row_size,
-                               {},
-                               0,
-                               1,
-                               panels_.H,
-                               job_.packed + panels_.size() + j * panels_.candidate_panel_size()};
-        for (Index r = 0; r < R; ++r) product.a[r] = resets_ + (row + r) * row_size;
+        const S* const panel = second_.panels.x(job_.packed + panels_.size(), j);
+        RowsProduct<S> product{sums, row_size, {}, 0, 1, K, panel};
+        for (Index r = 0; r < R; ++r) product.a[r] = inputs_ + (row + r) * second_.input_row();
         multiply_rows(R, Q, true, product);
       }
       for (Index r = 0; r < R; ++r) {
         for (Index q = 0; q < Q; ++q) {
-          S* const sum = sums + r * row_size + q * p;
-          if (!job_.packed) add_candidate_directly(4 * j + q, resets_ + (row + r) * row_size, sum);
           const Index first = (4 * j + q) * p;
-          if (optioned_) {
-            OptionedCell<S, Cell>::forward_candidate(sum, unit(t, row + r, first),
-                                                     view_.unit(t, row + r, first));
-          } else {
-            Cell::forward_candidate(sum, unit(t, row + r, first));
-          }
+          S* const sum = sums + r * row_size + q * p;
+          if (!job_.packed) add_second_directly(row + r, first, sum);
+          finish_second(t, row + r, first, sum);
         }
       }
     });
   }
 
-  void add_candidate_directly(Index block, const S* reset, S* sum) const {
-    const S* const w = job_.weights.w_hh + panels_.weight_row(block, candidate.first) * panels_.H;
-    store(sum, padd(load(sum), dots(w, panels_.units(block * p), reset, panels_.H)));
+  FASTBPTT_INLINE void finish_second(Index t, Index b, Index first, const S* sum) const {
+    if constexpr (Cell::second == Second::projection) {
+      store(job_.y.at(t, b) + first, load(sum), second_.panels.units(first));
+    } else if (optioned_) {
+      OptionedCell<S, Cell>::forward_candidate(sum, unit(t, b, first), view_.unit(t, b, first));
+    } else {
+      Cell::forward_candidate(sum, unit(t, b, first));
+    }
+  }
+
+  void add_second_directly(Index b, Index first, S* sum) const {
+    const Index K = second_.panels.I;
+    const S* const w = second_.weight(job_.weights) + first * K;
+    const S* const input = inputs_ + b * second_.input_row();
+    store(sum, padd(load(sum), dots(w, second_.panels.units(first), input, K)));
   }
 
   const ForwardJob<S>& job_;
   const Panels<S, Cell> panels_;
+  const SecondProduct<S, Cell> second_;
   const bool ahead_;
   S* const sums_of_x_;  // sums of the input product [panels][steps * B][width], if it goes ahead
   S* const shared_sums_;
-  S* const sums_;        // [B][width], of this thread's panel in work
-  S* const candidates_;  // two phases: [B][H], whole packets
-  S* const resets_;      // two phases: r h' [B][H], whole packets
-  S* const kept_;        // two phases without a tape: [B][tape * H]
+  S* const sums_;         // [B][width], of this thread's panel in work
+  S* const second_sums_;  // [B][sums_row], of the second product
+  S* const inputs_;       // [B][input_row], what it takes
+  S* const kept_;         // a candidate without a tape: [B][tape * H]
   const bool optioned_;
   StepView<S> view_;
   Sequence<const S> h_;       // h' of the step in work, as the products see it

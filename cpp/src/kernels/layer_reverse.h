@@ -10,6 +10,7 @@
 #include "kernels/layer_forward.h"
 #include "kernels/micro_kernel.h"
 #include "kernels/panels.h"
+#include "kernels/second_product.h"
 
 namespace fastbptt {
 namespace FASTBPTT_ISA {
@@ -20,38 +21,37 @@ class ReverseLayer {
   static constexpr Index width = Cell::packets * p;
 
  public:
-  // The weights: W_hh for the recurrent product, for the candidate if it stands apart, and W_ih for
-  // dx.
+  // The weights: W_hh for the recurrent product, those of the second product, and W_ih for dx.
   static Index packed(const LayerShape& s) {
-    const Panels<S, Cell> panels(s);
-    return x_offset(panels) + panels.reverse_size(s.input_size, x_range<Cell>);
+    return x_offset(s) + Panels<S, Cell>(s).reverse_size(s.input_size, x_range<Cell>);
   }
   static void pack(const LayerShape& s, const Weights<const S>& w, S* to) {
     const Panels<S, Cell> panels(s);
-    panels.pack_reverse(w.w_hh, s.hidden_size, h_range<Cell>, to);
-    if constexpr (Cell::two_phases) {
-      panels.pack_reverse(w.w_hh, s.hidden_size, candidate, to + candidate_offset(panels));
-    }
-    panels.pack_reverse(w.w_ih, s.input_size, x_range<Cell>, to + x_offset(panels));
+    panels.pack_reverse(w.w_hh, panels.R, h_range<Cell>, to);
+    SecondProduct<S, Cell>(s).pack_reverse(w, to + second_offset(panels));
+    panels.pack_reverse(w.w_ih, s.input_size, x_range<Cell>, to + x_offset(s));
   }
 
   static Index scratch(const LayerShape& s, Index steps, Index batch, int team) {
     const Panels<S, Cell> panels(s);
     const Index rows = steps * batch;
     const bool seen = s.options.resets || s.options.recurrent_dropout > 0;
+    const SecondProduct<S, Cell> second(s);
     return kept(s) + panels.count() * rows * width + team * rows * 4 * p +
-           (Cell::two_phases ? rows * s.hidden_size : 0) + (seen ? rows * s.hidden_size : 0) +
+           rows * (second.sums_row() + second.input_row()) + (seen ? rows * s.hidden_size : 0) +
            (s.options.mask ? rows * s.input_size : 0) + StepView<S>::scratch(s, batch);
   }
   // The weight gradients and those of the peepholes, with the zeros between them.
   static Index kept(const LayerShape& s) {
-    return Panels<S, Cell>(s).size() +
-           (1 + (s.options.peephole ? peepholes(s.cell) : 0)) * s.hidden_size;
+    return zeros(s) + (1 + (s.options.peephole ? peepholes(s.cell) : 0)) * s.hidden_size;
+  }
+  static Index zeros(const LayerShape& s) {
+    return Panels<S, Cell>(s).size() + SecondProduct<S, Cell>(s).size();
   }
   // The zeros behind the weight gradients, and the gradients of the peepholes.
   static void begin(const LayerShape& s, S* scratch) {
     const Index n = kept(s);
-    for (Index i = Panels<S, Cell>(s).size(); i < n; ++i) scratch[i] = S(0);
+    for (Index i = zeros(s); i < n; ++i) scratch[i] = S(0);
   }
   static void run(const ReverseJob<S>& job) { ReverseLayer(job).run(); }
 
@@ -71,12 +71,10 @@ class ReverseLayer {
         }
       }
       panels.unpack(panels.x(scratch, j), s.input_size, j, x_range<Cell>, add, grad.w_ih);
-      panels.unpack(panels.h(scratch, j), s.hidden_size, j, h_range<Cell>, add, grad.w_hh);
-      if constexpr (Cell::two_phases) {
-        panels.unpack(panels.candidate_of(scratch, j), s.hidden_size, j, candidate, add, grad.w_hh);
-      }
+      panels.unpack(panels.h(scratch, j), panels.R, j, h_range<Cell>, add, grad.w_hh);
     }
-    const S* const peephole = scratch + panels.size() + s.hidden_size;
+    SecondProduct<S, Cell>(s).unpack(scratch + panels.size(), add, grad);
+    const S* const peephole = scratch + zeros(s) + s.hidden_size;
     const Index n = grad.peephole ? peepholes(s.cell) * s.hidden_size : 0;
     for (Index i = 0; i < n; ++i) {
       grad.peephole[i] = (add ? grad.peephole[i] : S(0)) + peephole[i];
@@ -87,11 +85,13 @@ class ReverseLayer {
   explicit ReverseLayer(const ReverseJob<S>& job)
       : job_(job),
         panels_(job.shape),
+        second_(job.shape),
         rows_(job.steps * job.batch),
-        zeros_(job.scratch + panels_.size()),
+        zeros_(job.scratch + zeros(job.shape)),
         grads_(job.scratch + kept(job.shape)),
-        resets_(grads_ + panels_.count() * rows_ * width),
-        shared_sums_(resets_ + (Cell::two_phases ? rows_ * panels_.H : 0)),
+        second_grads_(grads_ + panels_.count() * rows_ * width),
+        second_inputs_(second_grads_ + rows_ * second_.sums_row()),
+        shared_sums_(second_inputs_ + rows_ * second_.input_row()),
         sums_(shared_sums_ + job.team.rank * rows_ * 4 * p),
         optioned_(job.options.any() || job.peephole),
         carries_h_(Cell::carries_h || optioned_),
@@ -105,12 +105,11 @@ class ReverseLayer {
   // Whether what W_hh is multiplied by is not always y of the step before.
   bool sees_other_states() const { return options_.resets.data || options_.recurrent_mask; }
 
-  static Index candidate_offset(const Panels<S, Cell>& panels) {
-    return panels.reverse_size(panels.H, h_range<Cell>);
+  static Index second_offset(const Panels<S, Cell>& panels) {
+    return panels.reverse_size(panels.R, h_range<Cell>);
   }
-  static Index x_offset(const Panels<S, Cell>& panels) {
-    return candidate_offset(panels) +
-           (Cell::two_phases ? panels.reverse_size(panels.H, candidate) : 0);
+  static Index x_offset(const LayerShape& s) {
+    return second_offset(Panels<S, Cell>(s)) + SecondProduct<S, Cell>(s).reverse_size();
   }
 
   void run() {
@@ -119,8 +118,8 @@ class ReverseLayer {
       if (optioned_) view_.begin_reverse(t);
       step(t);
       team.wait();
-      if constexpr (Cell::two_phases) {
-        candidate_step(t);
+      if constexpr (Cell::second != Second::none) {
+        second_step(t);
         team.wait();
       }
     }
@@ -128,24 +127,58 @@ class ReverseLayer {
     if (optioned_ && job_.weights) prepare_weight_gradients();
     const Index n = job_.weights ? panels_.count() : 0;
     for (Index j = team.begin(n); j < team.end(n); ++j) weight_gradients(j);
+    if constexpr (Cell::second != Second::none) {
+      const Index m = job_.weights ? second_.count() : 0;
+      for (Index j = team.begin(m); j < team.end(m); ++j) second_gradient(j);
+    }
     if (job_.grad_x.data) input_gradient();
     team.wait();
   }
 
   // The gate gradients of step t and on, rows of time x batch, of panel j.
   S* grads(Index j, Index row) const { return grads_ + (j * rows_ + row) * width; }
+  S* second_grads(Index j, Index row) const { return second_grads_ + (j * rows_ + row) * 4 * p; }
+  // What the second product took, again.
+  S* second_input(Index row, Index first) const {
+    return second_inputs_ + row * second_.input_row() + first;
+  }
 
-  // For every panel of output columns and tile of rows: start(sums, R, row, Q, panel); then the
-  // gate gradients of rows [row, row + n), packets of the range, times the weights; then end(the
-  // same). Without the product if weights is null.
+  // Gradients of sums in panels of `rows_` rows: of a row in panel j the `step` values at
+  // data + (j * rows_ + row) * width, fewer in the last panel.
+  struct Factor {
+    const S* data;
+    Index width;
+    Index panels;
+    Index step;
+    Index last;
+    const S* at(Index j, Index row, Index rows) const { return data + (j * rows + row) * width; }
+    // The packed weights that a panel of output columns has for all of them.
+    const S* weights(const S* packed, Index panel) const {
+      return packed + panel * 4 * p * ((panels - 1) * step + last);
+    }
+  };
+  // Packets of the range of the gate gradients.
+  Factor gates(Range range) const {
+    const Index J = panels_.count();
+    return {grads_ + range.first * p, width, J, (Cell::wide ? 4 : range.count) * p,
+            panels_.packets(J - 1, range) * p};
+  }
+  Factor second_sums() const {
+    const Index J = second_.count();
+    return {second_grads_, 4 * p, J, 4 * p, second_.panels.packets(J - 1) * p};
+  }
+
+  // For every panel of output columns and tile of rows: start(sums, R, row, Q, panel); then rows
+  // [row, row + n) of the factor times the weights; then end(the same). Without the product if
+  // weights is null.
   template <class Start, class End>
-  FASTBPTT_INLINE void product(Range range, bool split, Index row, Index n, const S* weights,
-                               Index columns, Start&& start, End&& end) const {
-    const Index J = panels_.count(), step = (Cell::wide ? 4 : range.count) * p;
+  FASTBPTT_INLINE void product(const Factor& factor, bool split, Index row, Index n,
+                               const S* weights, Index columns, Start&& start, End&& end) const {
+    const Index J = factor.panels, step = factor.step;
     const Index panels = Panels<S, Cell>::reverse_panels(columns);
     for (Index panel = job_.team.begin(panels); panel < job_.team.end(panels); ++panel) {
       const Index Q = Panels<S, Cell>::reverse_packets(columns, panel);
-      const S* const w = weights ? panels_.reverse_panel(weights, range, panel) : nullptr;
+      const S* const w = weights ? factor.weights(weights, panel) : nullptr;
       // Gradient panels whose weights stay in the first caches over all rows.
       const Index fit = panel_bytes / (Index(sizeof(S)) * 4 * p * step);
       const Index most = fit > 0 ? fit : 1;
@@ -156,28 +189,28 @@ class ReverseLayer {
         for_row_tiles(n, Q, [&](Index R, Index at) {
           S* const sums = sums_ + at * 4 * p;
           if (i == 0) start(sums, R, at, Q, panel);
-          if (w) multiply_grads(range, split, R, Q, sums, row + at, begin, stop, w, at / R);
+          if (w) multiply_grads(factor, split, R, Q, sums, row + at, begin, stop, w, at / R);
           if (i == passes - 1) end(sums, R, at, Q, panel);
         });
       }
     }
   }
 
-  void multiply_grads(Range range, bool split, Index R, Index Q, S* sums, Index row, Index begin,
-                      Index stop, const S* weights, Index tile) const {
-    const Index step = (Cell::wide ? 4 : range.count) * p;
-    // The last panel of a wide cell may be shorter.
-    const Index last = panels_.count() - 1;
-    const Index even = stop - 1 == last && panels_.packets(last, range) * p < step ? last : stop;
+  void multiply_grads(const Factor& factor, bool split, Index R, Index Q, S* sums, Index row,
+                      Index begin, Index stop, const S* weights, Index tile) const {
+    const Index step = factor.step;
+    // The last panel of four packets may be shorter.
+    const Index last = factor.panels - 1;
+    const Index even = stop - 1 == last && factor.last < step ? last : stop;
     RowsProduct<S> product{
-        sums, 4 * p, {}, rows_ * width, even - begin, step, weights + begin * step * Q * p};
+        sums, 4 * p, {}, rows_ * factor.width, even - begin, step, weights + begin * step * Q * p};
     product.fetch_behind(Q, tile);
-    for (Index r = 0; r < R; ++r) product.a[r] = grads(begin, row + r) + range.first * p;
+    for (Index r = 0; r < R; ++r) product.a[r] = factor.at(begin, row + r, rows_);
     if (even > begin) multiply_rows(R, Q, split, product);
     if (even == stop) return;
-    for (Index r = 0; r < R; ++r) product.a[r] = grads(last, row + r) + range.first * p;
+    for (Index r = 0; r < R; ++r) product.a[r] = factor.at(last, row + r, rows_);
     product.blocks = 1;
-    product.K = panels_.packets(last, range) * p;
+    product.K = factor.last;
     product.panel = weights + last * step * Q * p;
     product.fetch = nullptr;
     multiply_rows(R, Q, split, product);
@@ -188,9 +221,11 @@ class ReverseLayer {
     const bool initial = t == 0 && job_.first;
     ReverseUnit<S> u{};
     u.n = panels_.units(first);
-    u.h_before = h_before(t, b) + first;
-    u.h = job_.y.at(t, b) + first;
-    u.carry_h = job_.grad_state.h + b * H + first;
+    if constexpr (Cell::second != Second::projection) {
+      u.h_before = h_before(t, b) + first;
+      u.h = job_.y.at(t, b) + first;
+      u.carry_h = job_.grad_state.h + b * H + first;
+    }
     u.grads = grads(Cell::wide ? block / 4 : block, t * job_.batch + b) +
               (Cell::wide ? block % 4 * p : 0);
     if constexpr (Cell::tape > 0) u.tape = job_.tape.at(t, b) + first * Cell::tape;
@@ -207,7 +242,7 @@ class ReverseLayer {
       }
       if (job_.peephole) {
         u.peephole = {job_.peephole + first, H};
-        if (job_.weights) u.grad_peephole = {job_.scratch + panels_.size() + H + first, H};
+        if (job_.weights) u.grad_peephole = {job_.scratch + zeros(job_.shape) + H + first, H};
       }
     }
     return u;
@@ -224,38 +259,44 @@ class ReverseLayer {
   void start_h(S* sums, Index Q, Index panel, const S* carry) const {
     for (Index q = 0; q < Q; ++q) {
       const Index first = (panel * 4 + q) * p;
-      store(sums + q * p, carry ? load(carry + first, panels_.units(first)) : constant<S>(0));
+      store(sums + q * p,
+            carry ? load(carry + first, panels_.valid(panels_.R, first)) : constant<S>(0));
     }
   }
 
   void step(Index t) {
-    const Index B = job_.batch, H = panels_.H;
+    const Index B = job_.batch, K = panels_.R;
     const bool last = t == job_.steps - 1;  // then grad_state holds all that comes back
     product(
-        h_range<Cell>, true, (t + 1) * B, B, last ? nullptr : job_.packed, H,
+        gates(h_range<Cell>), true, (t + 1) * B, B, last ? nullptr : job_.packed, K,
         [&](S* sums, Index R, Index b, Index Q, Index panel) {
           for (Index r = 0; r < R; ++r) {
             start_h(sums + r * 4 * p, Q, panel,
-                    last || starts_with_carry() ? job_.grad_state.h + (b + r) * H : nullptr);
+                    last || starts_with_carry() ? job_.grad_state.h + (b + r) * K : nullptr);
           }
         },
         [&](S* sums, Index R, Index b, Index Q, Index panel) {
           for (Index r = 0; r < R; ++r) {
-            if (optioned_) {
-              step_optioned(t, b + r, Q, panel, sums + r * 4 * p);
-              continue;
+            if constexpr (Cell::second != Second::projection) {
+              if (optioned_) {
+                step_optioned(t, b + r, Q, panel, sums + r * 4 * p);
+                continue;
+              }
             }
             const S* const grad_y = job_.grad_y.data ? job_.grad_y.at(t, b + r) : nullptr;
             for (Index q = 0; q < Q; ++q) {
-              const ReverseUnit<S> u = unit(t, b + r, panel * 4 + q);
+              const Index first = (panel * 4 + q) * p, row = t * B + b + r;
               // The step's own error comes last, as it does where time is cut before the step.
               Packet<S> grad_h = load(sums + (r * 4 + q) * p);
-              if (grad_y) grad_h = padd(grad_h, load(grad_y + (panel * 4 + q) * p, u.n));
-              if constexpr (Cell::two_phases) {
-                Cell::backward_candidate(grad_h, u,
-                                         resets_ + (t * B + b + r) * H + (panel * 4 + q) * p);
+              if (grad_y) grad_h = padd(grad_h, load(grad_y + first, panels_.valid(K, first)));
+              if constexpr (Cell::second == Second::none) {
+                Cell::backward(grad_h, unit(t, b + r, panel * 4 + q));
+              } else if constexpr (Cell::second == Second::candidate) {
+                Cell::backward_candidate(grad_h, unit(t, b + r, panel * 4 + q),
+                                         second_grads(panel, row) + q * p,
+                                         second_input(row, first));
               } else {
-                Cell::backward(grad_h, u);
+                store(second_grads(panel, row) + q * p, grad_h);
               }
             }
           }
@@ -274,9 +315,10 @@ class ReverseLayer {
       const Index first = (panel * 4 + q) * p;
       Packet<S> grad_h = load(sums + q * p);
       if (grad_y) grad_h = padd(grad_h, load(grad_y + first, u.n));
-      if constexpr (Cell::two_phases) {
-        Optioned::backward_candidate(grad_h, u, resets_ + (t * job_.batch + b) * panels_.H + first,
-                                     view_.unit(t, b, first));
+      if constexpr (Cell::second == Second::candidate) {
+        const Index row = t * job_.batch + b;
+        Optioned::backward_candidate(grad_h, u, second_grads(panel, row) + q * p,
+                                     second_input(row, first), view_.unit(t, b, first));
       } else {
         Optioned::backward(grad_h, u, view_.unit(t, b, first));
       }
@@ -318,17 +360,20 @@ class ReverseLayer {
     for (Index i = 0; i < R * 4; ++i) store(sums + i * p, constant<S>(0));
   }
 
-  void candidate_step(Index t) {
+  // Back through the second product, and through what of the cell lies before it.
+  void second_step(Index t) {
     product(
-        candidate, true, t * job_.batch, job_.batch, job_.packed + candidate_offset(panels_),
+        second_sums(), true, t * job_.batch, job_.batch, job_.packed + second_offset(panels_),
         panels_.H, [](S* sums, Index R, Index, Index, Index) { start_zero(sums, R); },
         [&](const S* sums, Index R, Index b, Index Q, Index panel) {
           for (Index r = 0; r < R; ++r)
             for (Index q = 0; q < Q; ++q) {
               const Packet<S> grad = load(sums + (r * 4 + q) * p);
               const ReverseUnit<S> u = unit(t, b + r, panel * 4 + q);
-              if (optioned_) {
-                const Index first = (panel * 4 + q) * p;
+              const Index first = (panel * 4 + q) * p;
+              if constexpr (Cell::second == Second::projection) {
+                Cell::backward(grad, u, second_input(t * job_.batch + b + r, first));
+              } else if (optioned_) {
                 OptionedCell<S, Cell>::backward_gates(grad, u, view_.unit(t, b + r, first));
               } else {
                 Cell::backward_gates(grad, u);
@@ -339,26 +384,26 @@ class ReverseLayer {
 
   // dL/dh before the first step of the run.
   void finish_state() {
-    const Index H = panels_.H;
+    const Index K = panels_.R;
     product(
-        h_range<Cell>, true, 0, job_.batch, job_.packed, H,
+        gates(h_range<Cell>), true, 0, job_.batch, job_.packed, K,
         [&](S* sums, Index R, Index b, Index Q, Index panel) {
           for (Index r = 0; r < R; ++r) {
             start_h(sums + r * 4 * p, Q, panel,
-                    starts_with_carry() ? job_.grad_state.h + (b + r) * H : nullptr);
+                    starts_with_carry() ? job_.grad_state.h + (b + r) * K : nullptr);
           }
         },
         [&](S* sums, Index R, Index b, Index Q, Index panel) {
           for (Index r = 0; r < R; ++r) {
             if (optioned_) came_back(0, b + r, Q, panel, sums + r * 4 * p);
-            write_row(sums + r * 4 * p, Q, panel, H, job_.grad_state.h + (b + r) * H);
+            write_row(sums + r * 4 * p, Q, panel, K, job_.grad_state.h + (b + r) * K);
           }
         });
   }
 
   void input_gradient() {
     product(
-        x_range<Cell>, false, 0, rows_, job_.packed + x_offset(panels_), panels_.I,
+        gates(x_range<Cell>), false, 0, rows_, job_.packed + x_offset(job_.shape), panels_.I,
         [](S* sums, Index R, Index, Index, Index) { start_zero(sums, R); },
         [&](const S* sums, Index R, Index row, Index Q, Index panel) {
           for (Index r = 0; r < R; ++r) {
@@ -392,7 +437,7 @@ class ReverseLayer {
   }
 
   void weight_gradients(Index j) {
-    const Index B = job_.batch, I = panels_.I, H = panels_.H;
+    const Index B = job_.batch, I = panels_.I, K = panels_.R;
     if (job_.fresh) {
       S* const sums = panels_.bias(job_.scratch, j);
       for (Index i = 0; i < panels_.panel_size(); ++i) sums[i] = S(0);
@@ -411,17 +456,27 @@ class ReverseLayer {
       const Index from = begin == 0 && job_.first ? 1 : begin;
       S* const to = panels_.h(job_.scratch, j);
       if (sees_other_states()) {
-        outer(h_range<Cell>, j, {seen_, B * H, H}, begin, end, 0, H, to);
+        outer(h_range<Cell>, j, {seen_, B * K, K}, begin, end, 0, K, to);
       } else {
-        outer(h_range<Cell>, j, job_.y, from - 1, end - 1, 1, H, to);
+        outer(h_range<Cell>, j, job_.y, from - 1, end - 1, 1, K, to);
         if (from > begin && job_.initial.h) {
-          outer(h_range<Cell>, j, {job_.initial.h, 0, H}, 0, 1, 0, H, to);
+          outer(h_range<Cell>, j, {job_.initial.h, 0, K}, 0, 1, 0, K, to);
         }
       }
-      if constexpr (Cell::two_phases) {
-        outer(candidate, j, {resets_, B * H, H}, begin, end, 0, H,
-              panels_.candidate_of(job_.scratch, j));
-      }
+      if (begin == 0) break;
+    }
+  }
+
+  void second_gradient(Index j) {
+    const Index B = job_.batch, Q = second_.panels.packets(j), row = second_.input_row();
+    const Index rows = panel_bytes / (Index(sizeof(S)) * 4 * p);
+    const Index most = rows > B ? rows / B : 1;
+    S* const to = second_.panels.x(job_.scratch + panels_.size(), j);
+    for (Index i = 0; job_.fresh && i < second_.panels.I * Q * p; ++i) to[i] = S(0);
+    for (Index end = job_.steps; end > 0; end -= most) {
+      const Index begin = end > most ? end - most : 0;
+      outer(second_grads(j, 0), 4 * p, Q, {second_inputs_, B * row, row}, begin, end, 0,
+            second_.panels.I, to);
       if (begin == 0) break;
     }
   }
@@ -435,12 +490,18 @@ class ReverseLayer {
     }
   }
 
-  // to[i][q] += sum over t in [begin, end) and b, from the last to the first, of
-  // a(t, b)[i] * gradient(t + shift, b)[range.first + q].
   void outer(Range range, Index j, const Sequence<const S>& a, Index begin, Index end, Index shift,
              Index columns, S* to) {
+    outer(grads(j, 0) + range.first * p, width, panels_.packets(j, range), a, begin, end, shift,
+          columns, to);
+  }
+
+  // to[i][q] += sum over t in [begin, end) and b, from the last to the first, of
+  // a(t, b)[i] * gradient(t + shift, b)[q], a panel of gradients whose rows are `step` apart.
+  void outer(const S* gradient, Index step, Index Q, const Sequence<const S>& a, Index begin,
+             Index end, Index shift, Index columns, S* to) {
     if (end <= begin) return;
-    const Index B = job_.batch, Q = panels_.packets(j, range);
+    const Index B = job_.batch;
     // Where all rows lie at one stride they are one sum; else it goes step by step.
     const bool even = B == 1 || a.step == B * a.row;
     ColumnsProduct<S> product{};
@@ -448,9 +509,9 @@ class ReverseLayer {
     product.a_run = -a.step;
     product.runs = even ? 1 : end - begin;
     product.K = even ? (end - begin) * B : B;
-    product.panel = grads(j, (end - 1 + shift) * B + B - 1) + range.first * p;
-    product.panel_row = -width;
-    product.panel_run = -B * width;
+    product.panel = gradient + ((end - 1 + shift) * B + B - 1) * step;
+    product.panel_row = -step;
+    product.panel_run = -B * step;
     const S* const last = a.at(end - 1, B - 1);
     for_row_tiles(columns, Q, [&](Index R, Index i) {
       product.sums = to + i * Q * p;
@@ -461,10 +522,12 @@ class ReverseLayer {
 
   const ReverseJob<S>& job_;
   const Panels<S, Cell> panels_;
+  const SecondProduct<S, Cell> second_;
   const Index rows_;
-  const S* const zeros_;  // [H]
-  S* const grads_;        // gate gradients [panels][steps * B][width]
-  S* const resets_;       // two phases: r h' again [steps * B][H]
+  const S* const zeros_;    // [H]
+  S* const grads_;          // gate gradients [panels][steps * B][width]
+  S* const second_grads_;   // of the sums of the second product [panels][steps * B][4 p]
+  S* const second_inputs_;  // what it took [steps * B][input_row]
   S* const shared_sums_;
   S* const sums_;  // [rows][4 p], of this thread's output panel in work
   const bool optioned_;

@@ -10,6 +10,7 @@
 // a panel is up to four packets of the output (hidden units, or input values), and its rows follow
 // the gate gradients: panel by panel, packet by packet, lane by lane.
 #pragma once
+#include "cells/unit.h"
 #include "kernels/kernel_table.h"
 #include "kernels/packet.h"
 
@@ -31,8 +32,17 @@ template <class Cell>
 constexpr Range x_range{Cell::x_first, Cell::x_count};
 template <class Cell>
 constexpr Range h_range{Cell::h_first, Cell::h_count};
-// The candidate of a cell with two phases, whose recurrent product stands apart.
-constexpr Range candidate{0, 1};
+constexpr Range all_packets{0, 4};
+
+// The part of a cell that Panels looks at, for a product that stands by itself: N outputs in panels
+// of four packets, from K inputs.
+struct ProductPanel {
+  static constexpr bool wide = true;
+  static constexpr Second second = Second::none;
+  static constexpr int packets = 4;
+  static constexpr int x_first = 0, x_count = 4, h_first = 0, h_count = 0;
+  static constexpr int gate[] = {0, 0, 0, 0};
+};
 
 template <class S, class Cell>
 struct Panels {
@@ -41,8 +51,9 @@ struct Panels {
       Eigen::internal::PacketBlock<typename Eigen::internal::packet_traits<S>::type, int(p)>;
   Index I;
   Index H;
+  Index R;  // values of h'
 
-  explicit Panels(const LayerShape& s) : I(s.input_size), H(s.hidden_size) {}
+  explicit Panels(const LayerShape& s) : I(s.input_size), H(s.hidden_size), R(s.output_size()) {}
 
   Index blocks() const { return ceil_div(H, p); }
   Index count() const { return Cell::wide ? ceil_div(blocks(), 4) : blocks(); }
@@ -63,9 +74,8 @@ struct Panels {
 
   Index bias_size() const { return Cell::packets * p; }
   Index x_size() const { return I * Cell::x_count * p; }
-  Index h_size() const { return H * Cell::h_count * p; }
-  Index candidate_size() const { return Cell::two_phases ? H * p : 0; }
-  Index panel_size() const { return bias_size() + x_size() + h_size() + candidate_size(); }
+  Index h_size() const { return R * Cell::h_count * p; }
+  Index panel_size() const { return bias_size() + x_size() + h_size(); }
   Index size() const { return count() * panel_size(); }
 
   // Of the panels that start at `data`, panel j's parts. Steps from k to k + 1 are packets(j,
@@ -81,18 +91,6 @@ struct Panels {
   template <class T>
   T* h(T* data, Index j) const {
     return x(data, j) + x_size();
-  }
-  // Gradients only: forward keeps the candidate's weights in panels of four blocks behind all
-  // others.
-  template <class T>
-  T* candidate_of(T* data, Index j) const {
-    return h(data, j) + h_size();
-  }
-
-  Index candidate_panels() const { return ceil_div(blocks(), 4); }
-  Index candidate_panel_size() const { return H * 4 * p; }
-  Index forward_size() const {
-    return size() + (Cell::two_phases ? candidate_panels() * candidate_panel_size() : 0);
   }
 
   // panel[k][q][lane] = weight[row(q) + lane][k] for the range's packets of panel j.
@@ -165,7 +163,7 @@ struct Panels {
   static bool takes_b_ih(Index q) { return takes_x(q); }
   // b_hh reaches the packets of the recurrent product, the candidate's among them.
   static bool takes_b_hh(Index q) {
-    return takes_h(q) || (Cell::two_phases && q == candidate.first);
+    return takes_h(q) || (Cell::second == Second::candidate && q == 0);
   }
 
   void pack_forward(const Weights<const S>& w, S* to) const {
@@ -177,14 +175,7 @@ struct Panels {
         if (takes_b_hh(q)) add_bias(w.b_hh, j, q, sums);
       }
       pack(w.w_ih, I, j, x_range<Cell>, x(to, j));
-      pack(w.w_hh, H, j, h_range<Cell>, h(to, j));
-    }
-    if constexpr (Cell::two_phases) {
-      for (Index block = 0; block < blocks(); ++block) {
-        const Index n = blocks() / 4 * 4 > block ? 4 : blocks() % 4;
-        pack_packet(w.w_hh + weight_row(block, candidate.first) * H, H, units(block * p), H,
-                    to + size() + block / 4 * candidate_panel_size() + block % 4 * p, n * p);
-      }
+      pack(w.w_hh, R, j, h_range<Cell>, h(to, j));
     }
   }
 

@@ -11,21 +11,11 @@
 namespace fastbptt {
 namespace FASTBPTT_ISA {
 
-// The part of a cell that Panels looks at: N outputs in panels of four packets, from K inputs.
-struct ReadoutCell {
-  static constexpr bool wide = true;
-  static constexpr bool two_phases = false;
-  static constexpr int packets = 4;
-  static constexpr int x_first = 0, x_count = 4, h_first = 0, h_count = 0;
-  static constexpr int gate[] = {0, 0, 0, 0};
-};
-
 template <class S>
 class Rows {
   static constexpr Index p = lanes<S>;
   static constexpr Index width = 4 * p;
-  static constexpr Range all{0, 4};
-  using P = Panels<S, ReadoutCell>;
+  using P = Panels<S, ProductPanel>;
 
  public:
   Rows(Index K, Index N) : panels_(LayerShape{Cell::rnn_tanh, K, N}) {}
@@ -36,20 +26,20 @@ class Rows {
       S* const start = panels_.bias(packed, j);
       for (Index i = 0; i < width; ++i) start[i] = S(0);
       for (Index q = 0; q < panels_.packets(j); ++q) panels_.add_bias(bias, j, q, start);
-      panels_.pack(weight, panels_.I, j, all, panels_.x(packed, j));
+      panels_.pack(weight, panels_.I, j, all_packets, panels_.x(packed, j));
     }
   }
   void unpack(const S* packed, S* weight, S* bias) const {
     for (Index j = 0; j < panels_.count(); ++j) {
-      panels_.unpack(panels_.x(packed, j), panels_.I, j, all, false, weight);
+      panels_.unpack(panels_.x(packed, j), panels_.I, j, all_packets, false, weight);
       for (Index i = 0; bias && i < width && j * width + i < panels_.H; ++i) {
         bias[j * width + i] = panels_.bias(packed, j)[i];
       }
     }
   }
-  Index columns() const { return panels_.reverse_size(panels_.I, all); }
+  Index columns() const { return panels_.reverse_size(panels_.I, all_packets); }
   void pack_columns(const S* weight, S* to) const {
-    panels_.pack_reverse(weight, panels_.I, all, to);
+    panels_.pack_reverse(weight, panels_.I, all_packets, to);
   }
   Index sums(Index stride) const { return panels_.count() * stride * width; }
   Index panels() const { return panels_.count(); }
@@ -97,7 +87,7 @@ class Rows {
     const Index K = panels_.I, J = panels_.count();
     for (Index panel = 0; panel < P::reverse_panels(K); ++panel) {
       const Index Q = P::reverse_packets(K, panel);
-      const S* const weights = panels_.reverse_panel(columns, all, panel);
+      const S* const weights = panels_.reverse_panel(columns, all_packets, panel);
       for (Index i = 0; i < n * 4; ++i) store(scratch + i * p, constant<S>(0));
       for_row_tiles(n, Q, [&](Index R, Index at) {
         // The last panel may be shorter.

@@ -49,15 +49,16 @@ Result begin(const Problem& p) {
   const std::size_t GH = static_cast<std::size_t>(gates(p.cell)) * p.H;
   Result out;
   out.kink = std::numeric_limits<double>::infinity();
-  out.y.resize(p.T * p.B * p.H);
-  out.h = copy_or_zeros(p.h0, p.B * p.H);
+  out.y.resize(p.T * p.B * p.R());
+  out.h = copy_or_zeros(p.h0, p.B * p.R());
   out.grad_x.resize(p.T * p.B * p.I);
-  out.grad_h0 = copy_or_zeros(p.grad_h, p.B * p.H);
+  out.grad_h0 = copy_or_zeros(p.grad_h, p.B * p.R());
   out.grad_w_ih.resize(GH * p.I);
-  out.grad_w_hh.resize(GH * p.H);
+  out.grad_w_hh.resize(GH * p.R());
+  if (p.w_hr != nullptr) out.grad_w_hr.resize(p.P * p.H);
   out.grad_b_ih.resize(GH);
   out.grad_b_hh.resize(GH);
-  out.grad_restart_h.resize(p.H);
+  out.grad_restart_h.resize(p.R());
   if (has_cell_state(p.cell)) {
     out.c = copy_or_zeros(p.c0, p.B * p.H);
     out.grad_c0 = copy_or_zeros(p.grad_c, p.B * p.H);
@@ -287,6 +288,80 @@ Result lstm(const Problem& p) {
   return out;
 }
 
+// LSTM with a projection (Sak et al. 2014), and without any option: h has P values.
+//
+//   s, c_t as above, but W_hh is [4H, P]
+//   m_t = o * tanh(c_t)                                 H
+//   h_t = W_hr m_t                                      y_t = h_t
+//
+//   dm = W_hr^T dh, which takes the place of dh above
+Result lstm_projected(const Problem& p) {
+  const std::size_t T = p.T, B = p.B, I = p.I, H = p.H, R = p.R();
+  Result out = begin(p);
+
+  Vector h_prev(T * B * R), c_prev(T * B * H), c_next(T * B * H), m(T * B * H);
+  Vector i(T * B * H), f(T * B * H), g(T * B * H), o(T * B * H);
+  for (std::size_t t = 0; t < T; ++t) {
+    for (std::size_t b = 0; b < B; ++b) {
+      const std::size_t row = t * B + b;
+      double* h = &out.h[b * R];
+      Vector s(4 * H);
+      add_product(p.w_ih, 4 * H, I, &p.x[row * I], s.data());
+      add(p.b_ih, 4 * H, s.data());
+      add_product(p.w_hh, 4 * H, R, h, s.data());
+      add(p.b_hh, 4 * H, s.data());
+      for (std::size_t j = 0; j < H; ++j) {
+        const std::size_t k = row * H + j;
+        c_prev[k] = out.c[b * H + j];
+        i[k] = logistic(s[j]);
+        f[k] = logistic(s[H + j]);
+        g[k] = std::tanh(s[2 * H + j]);
+        o[k] = logistic(s[3 * H + j]);
+        c_next[k] = f[k] * c_prev[k] + i[k] * g[k];
+        out.c[b * H + j] = out.cells[k] = c_next[k];
+        m[k] = o[k] * std::tanh(c_next[k]);
+      }
+      Vector next(R);
+      add_product(p.w_hr, R, H, &m[row * H], next.data());
+      for (std::size_t j = 0; j < R; ++j) {
+        h_prev[row * R + j] = h[j];
+        h[j] = next[j];
+        out.y[row * R + j] = next[j];
+      }
+    }
+  }
+
+  for (std::size_t t = T; t-- > 0;) {
+    for (std::size_t b = 0; b < B; ++b) {
+      const std::size_t row = t * B + b;
+      double* dh = &out.grad_h0[b * R];
+      double* dc = &out.grad_c0[b * H];
+      Vector dm(H), ds(4 * H);
+      if (p.grad_y != nullptr) add(&p.grad_y[row * R], R, dh);
+      add_transposed_product(p.w_hr, R, H, dh, dm.data());
+      add_outer(dh, R, &m[row * H], H, out.grad_w_hr.data());
+      for (std::size_t j = 0; j < R; ++j) dh[j] = 0.0;
+      for (std::size_t j = 0; j < H; ++j) {
+        const std::size_t k = row * H + j;
+        const double tanh_c = std::tanh(c_next[k]);
+        dc[j] += dm[j] * o[k] * (1.0 - tanh_c * tanh_c);
+        ds[j] = dc[j] * g[k] * i[k] * (1.0 - i[k]);
+        ds[H + j] = dc[j] * c_prev[k] * f[k] * (1.0 - f[k]);
+        ds[2 * H + j] = dc[j] * i[k] * (1.0 - g[k] * g[k]);
+        ds[3 * H + j] = dm[j] * tanh_c * o[k] * (1.0 - o[k]);
+        dc[j] *= f[k];
+      }
+      add_transposed_product(p.w_ih, 4 * H, I, ds.data(), &out.grad_x[row * I]);
+      add_transposed_product(p.w_hh, 4 * H, R, ds.data(), dh);
+      add_outer(ds.data(), 4 * H, &p.x[row * I], I, out.grad_w_ih.data());
+      add_outer(ds.data(), 4 * H, &h_prev[row * R], R, out.grad_w_hh.data());
+      add(ds.data(), 4 * H, out.grad_b_ih.data());
+      add(ds.data(), 4 * H, out.grad_b_hh.data());
+    }
+  }
+  return out;
+}
+
 // GRU (Cho et al. 2014) with the reset gate after the product, as PyTorch and cuDNN: gates r, z, n.
 //
 //   a = W_ih x_t + b_ih   u = W_hh h_{t-1} + b_hh       3H each
@@ -442,6 +517,8 @@ Result run(const Problem& problem) {
     case Cell::rnn_relu:
       return rnn(problem);
     case Cell::lstm:
+      if (problem.w_hr != nullptr) return lstm_projected(problem);
+      [[fallthrough]];
     case Cell::lstm_coupled:
       return lstm(problem);
     case Cell::gru:

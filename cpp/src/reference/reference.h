@@ -15,6 +15,9 @@
 //   h0, c0, h, c, grad_*  [B, H]
 //   w_ih                  [G*H, I]    the gates stacked along the rows, G = 1, 4, 3
 //   w_hh                  [G*H, H]
+//   w_hr                  [P, H]      with a projection; h, y and their gradients then have P in
+//   the
+//                                     place of H, and w_hh is [G*H, P]
 //   b_ih, b_hh            [G*H]
 //
 // all contiguous with the last axis fastest.
@@ -57,13 +60,18 @@ struct Problem {
   const double* keep_c;
   const double* peephole;    // [3*H] of i, f, o; coupled [2*H] of f, o
   const double* grad_cells;  // [T, B, H]  error of every c
+
+  // A projection, which knows none of the options; null: none.
+  std::size_t P;
+  const double* w_hr;
+  std::size_t R() const { return w_hr != nullptr ? P : H; }
 };
 
 // The state vectors are those after the last step; what is of c is empty but for the LSTM.
 struct Result {
   std::vector<double> y, h, c;
   std::vector<double> grad_x, grad_h0, grad_c0;
-  std::vector<double> grad_w_ih, grad_w_hh, grad_b_ih, grad_b_hh;
+  std::vector<double> grad_w_ih, grad_w_hh, grad_b_ih, grad_b_hh, grad_w_hr;
   double kink;  // the smallest magnitude of what went into a relu
   std::vector<double> cells, grad_peephole, grad_restart_h, grad_restart_c;
 };

@@ -45,7 +45,7 @@ constexpr double flops_a_barrier = 5e4;
 double step_flops(const StackShape& s) {
   double columns = 0;
   for (Index k = 0; k < s.layers(); ++k) columns += s.layer(k).input_size + s.output_size();
-  return 2.0 * gates(s.cell) * s.hidden_size * columns;
+  return 2.0 * s.hidden_size * (gates(s.cell) * columns + double(s.proj_size * s.layers()));
 }
 
 // How the rows of the batch are shared out: to `parts` threads; or, if team > 1, to one part that

@@ -3,7 +3,7 @@
 Each class here is a subclass of the one of the same name in `torch.nn`: signature, parameters,
 `state_dict`, initialisation, text and errors are that class's own; only the arithmetic is done
 elsewhere. What the kernels do not take goes to the original `forward`: another device or dtype,
-`proj_size`, autocast, `torch.func` transforms.
+autocast, `torch.func` transforms.
 
 Importing `fastbptt` does not import torch; importing this module does.
 

@@ -61,9 +61,9 @@ def accelerate(model: torch.nn.Module) -> Accelerated:
     --------
     >>> import torch
     >>> import fastbptt.torch
-    >>> model = torch.nn.Sequential(torch.nn.GRUCell(3, 4), torch.nn.LSTM(4, 5, proj_size=2))
+    >>> model = torch.nn.Sequential(torch.nn.GRUCell(3, 4), torch.nn.LSTM(4, 5).bfloat16())
     >>> fastbptt.torch.accelerate(model)
-    Accelerated(swapped=['0'], left_alone={'1': 'proj_size=2'})
+    Accelerated(swapped=['0'], left_alone={'1': 'weight_ih_l0 is torch.bfloat16'})
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, wanted a torch.nn.Module")
@@ -93,8 +93,6 @@ def _reason_against(module: torch.nn.Module) -> str:
         return f"it is a {type(module).__qualname__}, a class with code of its own"
     if "forward" in vars(module):
         return "its forward is replaced"
-    if proj_size := getattr(module, "proj_size", 0):
-        return f"proj_size={proj_size}"
     for name, parameter in module.named_parameters():
         if parameter.device.type != "cpu":
             return f"{name} is on device {parameter.device}"

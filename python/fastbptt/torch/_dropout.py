@@ -27,7 +27,7 @@ def with_dropout(
     if run.batch_first:
         x = x.transpose(0, 1)
     D = run.directions
-    count = D * (4 if run.bias else 2)
+    count = D * run.a_layer
     last_h, last_c = [], []
     for number in range(len(weights) // count):
         if number:

@@ -99,12 +99,11 @@ class _Layers(torch.nn.RNNBase):
         self, x: Tensor, h: Tensor | None, c: Tensor | None, batch_sizes: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None] | None:
         """Return y, h and c; None if this is for the original class."""
-        if self.proj_size:
-            return None
         weights: list[Any] = [self._weight(name) for name in self._flat_weights_names]
         directions = 2 if self.bidirectional else 1
         batch_first = self.batch_first and batch_sizes is None
-        run = Run(_CELLS[self.mode], self.bias, batch_first, directions, batch_sizes)
+        projected = self.proj_size > 0
+        run = Run(_CELLS[self.mode], self.bias, batch_first, directions, batch_sizes, projected)
         if not eligible(run, x, h, c, weights):
             return None
         dropout = self.dropout if self.training and self.num_layers > 1 else 0.0
@@ -148,7 +147,8 @@ class RNN(_Layers, torch.nn.RNN):
 class LSTM(_Layers, torch.nn.LSTM):
     """`torch.nn.LSTM` over this library's kernels (Hochreiter & Schmidhuber 1997, Gers 2000).
 
-    `c_t = f*c_{t-1} + i*g`, `h_t = o*tanh(c_t)`. With `proj_size` the original class computes.
+    `c_t = f*c_{t-1} + i*g`, `h_t = o*tanh(c_t)`, with `proj_size` `h_t = W_hr (o*tanh(c_t))` (Sak
+    2014).
 
     Parameters
     ----------

@@ -26,7 +26,7 @@ def recurrent(
         tensor is not None and tensor.requires_grad for tensor in (x, h, c, *weights)
     )
     if is_traced():
-        how = run.cell, run.bias, run.batch_first, run.directions
+        how = run.cell, run.bias, run.batch_first, run.directions, run.projected
         if needs_grad:
             y, last_h, last_c, _ = record(x, h, c, list(weights), *how)
         else:
@@ -72,13 +72,14 @@ def _checked(
     bias: bool,
     batch_first: bool,
     directions: int,
+    projected: bool,
     x: Tensor,
     h: Tensor | None,
     c: Tensor | None,
     weights: Sequence[Tensor],
 ) -> Run:
     """Return the run; `RuntimeError` if the core cannot take it."""
-    run = Run(cell, bias, batch_first, directions)
+    run = Run(cell, bias, batch_first, directions, None, projected)
     if problem := _verbs.check(run, x, h, c, weights):
         raise RuntimeError(problem)
     return run
@@ -94,9 +95,10 @@ def advance(
     bias: bool,
     batch_first: bool,
     directions: int,
+    projected: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y and the last h and c; of other cells than the LSTM, c is empty."""
-    run = _checked(cell, bias, batch_first, directions, x, h, c, weights)
+    run = _checked(cell, bias, batch_first, directions, projected, x, h, c, weights)
     y, last_h, last_c, _ = _verbs.forward(run, x, h, c, weights, keep=False)
     return y, last_h, x.new_empty(0) if last_c is None else last_c
 
@@ -111,9 +113,10 @@ def record(
     bias: bool,
     batch_first: bool,
     directions: int,
+    projected: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return what `advance` does, and the tape."""
-    run = _checked(cell, bias, batch_first, directions, x, h, c, weights)
+    run = _checked(cell, bias, batch_first, directions, projected, x, h, c, weights)
     y, last_h, last_c, tape = _verbs.forward(run, x, h, c, weights, keep=True)
     assert tape is not None
     return y, last_h, x.new_empty(0) if last_c is None else last_c, tape
@@ -134,20 +137,20 @@ def reverse(
     bias: bool,
     batch_first: bool,
     directions: int,
+    projected: bool,
     need_x: bool,
     need_state: bool,
     need_weights: Sequence[bool],
 ) -> list[Tensor]:
     """Return the gradients of x, h, c and the weights; empty ones where not needed."""
-    run = _checked(cell, bias, batch_first, directions, x, h, c, weights)
-    H = weights[1].shape[1]
-    state = (len(weights) // (4 if bias else 2), _verbs.sizes(run, x)[1], H)
+    run = _checked(cell, bias, batch_first, directions, projected, x, h, c, weights)
+    L, B, R = run.layers(weights), _verbs.sizes(run, x)[1], weights[1].shape[1]
     for name, tensor, shape in (
-        ("y", y, (*x.shape[:-1], directions * H)),
+        ("y", y, (*x.shape[:-1], directions * R)),
         ("tape", tape, (_verbs.tape_size(run, x, weights),)),
         ("grad_y", grad_y, y.shape),
-        ("grad_h", grad_h, state),
-        ("grad_c", grad_c, state),
+        ("grad_h", grad_h, (L, B, R)),
+        ("grad_c", grad_c, (L, B, run.hidden_size(weights))),
     ):
         if tensor is not None and (tensor.shape != shape or tensor.dtype != x.dtype):
             found = f"{tensor.dtype} {tuple(tensor.shape)}"
@@ -181,11 +184,13 @@ def _(
     bias: bool,
     batch_first: bool,
     directions: int,
+    projected: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    H, L = weights[1].shape[1], len(weights) // (4 if bias else 2)
-    state = (L, x.shape[0 if batch_first else 1], H)
-    y = x.new_empty((*x.shape[:-1], directions * H))
-    return y, x.new_empty(state), x.new_empty(state if cell == "lstm" else 0)
+    run = Run(cell, bias, batch_first, directions, None, projected)
+    L, B, R = run.layers(weights), x.shape[0 if batch_first else 1], weights[1].shape[1]
+    y = x.new_empty((*x.shape[:-1], directions * R))
+    last_c = x.new_empty((L, B, run.hidden_size(weights)) if cell == "lstm" else 0)
+    return y, x.new_empty((L, B, R)), last_c
 
 
 @record.register_fake
@@ -198,9 +203,11 @@ def _(
     bias: bool,
     batch_first: bool,
     directions: int,
+    projected: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    y, last_h, last_c = advance(x, h, c, weights, cell, bias, batch_first, directions)
-    tape = _verbs.tape_size(Run(cell, bias, batch_first, directions), x, weights)
+    how = cell, bias, batch_first, directions
+    y, last_h, last_c = advance(x, h, c, weights, *how, projected)
+    tape = _verbs.tape_size(Run(*how, None, projected), x, weights)
     return y, last_h, last_c, x.new_empty(tape)
 
 
@@ -219,6 +226,7 @@ def _(
     bias: bool,
     batch_first: bool,
     directions: int,
+    projected: bool,
     need_x: bool,
     need_state: bool,
     need_weights: Sequence[bool],

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from fastbptt.torch._verbs import Run, sizes
 
@@ -48,19 +49,17 @@ def _forward(
         steps = list(torch.split(x, run.batch_sizes.tolist()))
     else:
         steps = list(x.unbind(1 if run.batch_first else 0))
-    a_layer = 4 if run.bias else 2
     last_h, last_c = [], []
-    for layer in range(len(weights) // (a_layer * run.directions)):
+    for layer in range(run.layers(weights) // run.directions):
         outputs = []
         for k in range(layer * run.directions, (layer + 1) * run.directions):
-            own = weights[k * a_layer : (k + 1) * a_layer]
-            zeros = x.new_zeros(B, own[1].shape[1])
-            h_k = zeros if h is None else h[k]
-            c_k = zeros if c is None else c[k]
+            own = weights[k * run.a_layer : (k + 1) * run.a_layer]
+            h_k = x.new_zeros(B, own[1].shape[1]) if h is None else h[k]
+            c_k = x.new_zeros(B, run.hidden_size(weights)) if c is None else c[k]
             results = list(steps)
             for t in range(T) if k % run.directions == 0 else range(T - 1, -1, -1):
                 n = len(steps[t])
-                results[t], new_c = _step(run.cell, steps[t], h_k[:n], c_k[:n], own)
+                results[t], new_c = _step(run, steps[t], h_k[:n], c_k[:n], own)
                 h_k, c_k = torch.cat([results[t], h_k[n:]]), torch.cat([new_c, c_k[n:]])
             outputs.append(results)
             last_h.append(h_k)
@@ -75,12 +74,25 @@ def _forward(
 
 
 def _step(
-    cell: str, x: Tensor, h: Tensor, c: Tensor, weights: Sequence[Tensor]
+    run: Run, x: Tensor, h: Tensor, c: Tensor, weights: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    if cell == "lstm":
+    if run.projected:
+        return _projected_step(x, h, c, *weights)
+    if run.cell == "lstm":
         return torch.lstm_cell(x, (h, c), *weights)
-    if cell == "gru":
+    if run.cell == "gru":
         return torch.gru_cell(x, h, *weights), c
-    if cell == "rnn_relu":
+    if run.cell == "rnn_relu":
         return torch.rnn_relu_cell(x, h, *weights), c
     return torch.rnn_tanh_cell(x, h, *weights), c
+
+
+def _projected_step(
+    x: Tensor, h: Tensor, c: Tensor, w_ih: Tensor, w_hh: Tensor, *rest: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Step of an LSTM with `proj_size`; `torch.lstm_cell` has none."""
+    *biases, w_hr = rest
+    b_ih, b_hh = biases or (None, None)
+    i, f, g, o = (linear(x, w_ih, b_ih) + linear(h, w_hh, b_hh)).chunk(4, 1)
+    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+    return linear(torch.sigmoid(o) * torch.tanh(c), w_hr), c

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,20 @@ class Run(NamedTuple):
     batch_first: bool = False
     directions: int = 1
     batch_sizes: Tensor | None = None  # of a packed sequence
+    projected: bool = False  # an LSTM with proj_size
+
+    @property
+    def a_layer(self) -> int:
+        """Weights of a layer and direction: w_ih, w_hh, b_ih, b_hh, w_hr, as far as there are."""
+        return 2 + 2 * self.bias + self.projected
+
+    def layers(self, weights: Sequence[Any]) -> int:
+        """Return how many layers, or layers times directions, these are the weights of."""
+        return len(weights) // self.a_layer
+
+    def hidden_size(self, weights: Sequence[Tensor]) -> int:
+        """Return H, the values of c."""
+        return int(weights[self.a_layer - 1 if self.projected else 1].shape[1])
 
 
 class Results(NamedTuple):
@@ -47,9 +61,15 @@ class Gradients(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def _verbs(
-    cell: str, input_size: int, hidden_size: int, num_layers: int, directions: int, is_double: bool
+    cell: str,
+    input_size: int,
+    hidden_size: int,
+    num_layers: int,
+    directions: int,
+    proj_size: int,
+    is_double: bool,
 ) -> Verbs:
-    return Verbs(cell, input_size, hidden_size, num_layers, directions, is_double)
+    return Verbs(cell, input_size, hidden_size, num_layers, directions, proj_size, is_double)
 
 
 def sizes(run: Run, x: Tensor) -> tuple[int, int]:
@@ -73,17 +93,21 @@ def check(
         return f"x: got {dtype}, wanted float32 or float64"
     if x.dim() != (3 if run.batch_sizes is None else 2) or x.numel() == 0:
         return f"x: got shape {tuple(x.shape)}, wanted (T, B, I), none of them 0"
-    a_layer, directions = 4 if run.bias else 2, run.directions
+    a_layer, directions = run.a_layer, run.directions
     if directions not in (1, 2):
         return f"directions: got {directions}, wanted 1 or 2"
-    if not weights or len(weights) % (a_layer * directions) or weights[1].dim() != 2:
+    if not weights or len(weights) % (a_layer * directions):
         return f"weights: got {len(weights)}, wanted {a_layer * directions} a layer"
-    columns, H = x.shape[-1], weights[1].shape[1]
+    if weights[1].dim() != 2 or weights[a_layer - 1].dim() != 1 + (run.projected or not run.bias):
+        return "weights: wanted matrices and, for biases, vectors"
+    columns, R, H = x.shape[-1], weights[1].shape[1], run.hidden_size(weights)
+    if run.projected and not (run.cell == "lstm" and 0 < R < H):
+        return f"weights: got a projection from {H} to {R} values, wanted one of an LSTM, to fewer"
     rows = H * _GATES.get(run.cell, 1)
     for first in range(0, len(weights), a_layer):
         if first == a_layer * directions:
-            columns = H * directions
-        shapes = ((rows, columns), (rows, H), (rows,), (rows,))
+            columns = R * directions
+        shapes = ((rows, columns), (rows, R), *(((rows,),) * (2 * run.bias)), (R, H))
         for kind in range(a_layer):
             weight = weights[first + kind]
             if weight.shape != shapes[kind] or weight.dtype is not dtype:
@@ -97,8 +121,8 @@ def check(
             return f"batch_sizes: wanted a row that never rises, from 1 up, of sum {x.shape[0]}"
     if h is None and c is None:
         return ""
-    state_shape = (len(weights) // a_layer, sizes(run, x)[1], H)
-    for name, state in (("h", h), ("c", c)):
+    for name, state, size in (("h", h, R), ("c", c, H)):
+        state_shape = (run.layers(weights), sizes(run, x)[1], size)
         if state is None or state.shape != state_shape or state.dtype is not dtype:
             if state is None and name == "c" and run.cell != "lstm":
                 continue
@@ -119,9 +143,10 @@ def verbs_of(run: Run, weights: Sequence[Tensor]) -> Verbs:
     return _verbs(
         run.cell,
         int(w_ih.shape[1]),
-        int(w_hh.shape[1]),
-        len(weights) // ((4 if run.bias else 2) * run.directions),
+        run.hidden_size(weights),
+        run.layers(weights) // run.directions,
         run.directions,
+        int(w_hh.shape[1]) if run.projected else 0,
         w_ih.dtype is torch.float64,
     )
 
@@ -137,11 +162,11 @@ def forward(
     """Run through time: `record` if a tape is to be kept, else `advance`."""
     core = verbs_of(run, weights)
     T, B = sizes(run, x)
-    H, packed = weights[1].shape[1], _address(run.batch_sizes)
+    L, R, packed = run.layers(weights), weights[1].shape[1], _address(run.batch_sizes)
     x, h, c, weights = _rows(x), _whole(h), _whole(c), _all_whole(weights)
-    y = x.new_empty((*x.shape[:-1], run.directions * H))
-    last_h = x.new_empty((len(weights) // (4 if run.bias else 2), B, H))
-    last_c = torch.empty_like(last_h) if run.cell == "lstm" else None
+    y = x.new_empty((*x.shape[:-1], run.directions * R))
+    last_h = x.new_empty((L, B, R))
+    last_c = x.new_empty((L, B, run.hidden_size(weights))) if run.cell == "lstm" else None
     tape = _new_tape(core, x, core.tape_size(T, B, packed)) if keep else None
     core.forward(
         T,
@@ -150,7 +175,7 @@ def forward(
         _sequence(run, x),
         _address(h),
         _address(c),
-        _four(run, weights),
+        _addresses(run, weights),
         _sequence(run, y),
         last_h.data_ptr(),
         _address(last_c),
@@ -194,7 +219,7 @@ def backward(
         _sequence(run, x),
         _address(h),
         _address(c),
-        _four(run, weights),
+        _addresses(run, weights),
         _sequence(run, y),
         tape.data_ptr(),
         _sequence(run, grad_y),
@@ -203,7 +228,7 @@ def backward(
         _sequence(run, to_x),
         _address(to_h),
         _address(to_c),
-        _four(run, to_weights),
+        _addresses(run, to_weights),
         torch.get_num_threads(),
     )
     return Gradients(to_x, to_h, to_c, to_weights)
@@ -212,14 +237,13 @@ def backward(
 def _new_gradients(
     run: Run, weights: Sequence[Tensor], needed: Sequence[bool]
 ) -> list[Tensor | None]:
-    """Return what the core writes to. It computes both matrices of a layer, or neither."""
+    """Return what the core writes to. It computes all matrices of a layer, or none."""
     if all(needed):
         return [torch.empty_like(weight) for weight in weights]
-    a_layer = 4 if run.bias else 2
     grads: list[Tensor | None] = []
     for i, weight in enumerate(weights):
-        first = i - i % a_layer
-        wanted = any(needed[first : first + a_layer]) if i - first < 2 else needed[i]
+        first = i - i % run.a_layer
+        wanted = any(needed[first : first + run.a_layer]) if weight.dim() == 2 else needed[i]
         grads.append(torch.empty_like(weight) if wanted else None)
     return grads
 
@@ -260,9 +284,13 @@ def _sequence(run: Run, tensor: Tensor | None) -> tuple[int, int, int]:
     return tensor.data_ptr(), tensor.stride(0), tensor.stride(1)
 
 
-def _four(run: Run, tensors: Sequence[Tensor | None]) -> list[int]:
-    """Return the addresses, four a layer."""
+def _addresses(run: Run, tensors: Sequence[Tensor | None]) -> list[int]:
+    """Return the addresses as the core lists them, 0 for what is not there."""
     addresses = [_address(tensor) for tensor in tensors]
-    if run.bias:
-        return addresses
-    return [a for i in range(0, len(addresses), 2) for a in (*addresses[i : i + 2], 0, 0)]
+    # Behind them learned states and peepholes, which `torch.nn` has not.
+    biases, behind = [0] * (2 - 2 * run.bias), [0] * (1 - run.projected + 3)
+    whole: list[int] = []
+    for i in range(0, len(addresses), run.a_layer):
+        layer = addresses[i : i + run.a_layer]
+        whole += [*layer[:2], *biases, *layer[2:], *behind]
+    return whole
