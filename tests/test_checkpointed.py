@@ -159,11 +159,12 @@ def random_problem(rng):
     )
     embedding, readout, batch_first, lazy = rng.random(4) < 0.5
     dtype, loss = rng.choice(["float32", "float64"]), str(rng.choice(["mse", "cross_entropy"]))
-    width = int(rng.integers(1, 60)) if readout else H
+    layer = make_layer(cell, 9, H, int(rng.integers(1, 4)), batch_first=batch_first, dtype=dtype)
+    width = int(rng.integers(1, 60)) if readout else layer.output_size
     model = fb.Model(
         *([fb.Embedding(CLASSES, 9, dtype=dtype)] if embedding else []),
-        make_layer(cell, 9, H, int(rng.integers(1, 4)), batch_first=batch_first, dtype=dtype),
-        *([fb.Linear(H, width, dtype=dtype)] if readout else []),
+        layer,
+        *([fb.Linear(layer.output_size, width, dtype=dtype)] if readout else []),
     )
     x = rng.integers(0, CLASSES, (T, B)) if embedding else rng.standard_normal((T, B, 9))
     if loss == "mse":
@@ -238,7 +239,8 @@ def test_memory_is_divided_within_two_percent_of_the_best(seed):
     T, B, I, H, layers, N = (  # noqa: E741
         int(rng.integers(*n)) for n in ((2, 1500), (1, 30), (1, 60), (1, 80), (1, 3), (1, 300))
     )
-    model = fb.Model(make_layer(rng.choice(KERNELS), I, H, layers), fb.Linear(H, N))
+    layer = make_layer(rng.choice(KERNELS), I, H, layers)
+    model = fb.Model(layer, fb.Linear(layer.output_size, N))
     needs = memory.needs_of(model, T, B)
     least = int(smallest(T, needs))
     whole = needs.fixed(T) + T * needs.step

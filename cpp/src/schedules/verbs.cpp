@@ -198,12 +198,11 @@ void copy_rows(const LayerShape& s, Index n, State<const S> from, From&& row, St
 
 template <class S>
 void fill_zero(const LayerShape& s, const Weights<S>& weights) {
-  const Index rows = gates(s.cell) * s.hidden_size;
-  std::fill_n(weights.w_ih, rows * s.input_size, S(0));
-  std::fill_n(weights.w_hh, rows * s.hidden_size, S(0));
-  if (weights.b_ih) std::fill_n(weights.b_ih, rows, S(0));
-  if (weights.b_hh) std::fill_n(weights.b_hh, rows, S(0));
-  if (weights.peephole) std::fill_n(weights.peephole, peepholes(s.cell) * s.hidden_size, S(0));
+  for (int which = 0; which < weights_a_layer; ++which) {
+    const WeightShape shape = weight_shape(s, which);
+    S* const values = weights.*weight_member<S>[which];
+    if (values) std::fill_n(values, shape.rows * std::max<Index>(1, shape.columns), S(0));
+  }
 }
 
 // One allocation cut into consecutive pieces, each aligned.
