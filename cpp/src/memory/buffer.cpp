@@ -117,6 +117,13 @@ class FreeBlocks {
     const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
     if (lock) shrink();
   }
+  // Frees all; whether there were any.
+  bool clear() noexcept {
+    const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (!lock || bytes_ == 0) return false;
+    for (Block& block : blocks_) std::free(remove(block));
+    return true;
+  }
 
  private:
   struct Block {
@@ -161,6 +168,7 @@ struct FreeBlocks {
   void* take(std::size_t) noexcept { return nullptr; }
   void put(void* data, std::size_t) noexcept { std::free(data); }
   void make_room() noexcept {}
+  bool clear() noexcept { return false; }
 };
 FreeBlocks free_blocks() { return {}; }
 #endif
@@ -171,7 +179,14 @@ void* allocate_aligned(std::size_t bytes) {
   bytes = rounded(bytes);
   void* data = bytes >= kept_from ? free_blocks().take(bytes) : nullptr;
   const bool fresh = !data;
-  if (fresh) data = from_system(bytes);
+  if (fresh) {
+    try {
+      data = from_system(bytes);
+    } catch (const std::bad_alloc&) {
+      if (!free_blocks().clear()) throw;
+      data = from_system(bytes);
+    }
+  }
   count(bytes);
   if (fresh && bytes >= kept_from) free_blocks().make_room();
   return data;
