@@ -72,7 +72,7 @@ py::array checked(const char* name, const py::handle& object, std::initializer_l
 // memory serves the next training step once the caller has let go of it.
 template <class S>
 py::array new_array(const std::vector<Index>& shape) {
-  constexpr Index large = Index(256) << 10;
+  constexpr Index large = Index(4) << 20;
   Index size = 1;
   for (const Index n : shape) size *= n;
   if (size * Index(sizeof(S)) < large) return py::array(py::dtype::of<S>(), shape);

@@ -40,17 +40,11 @@ std::size_t available_memory() {
   return available;
 }
 
-// Freed blocks of this size and more are kept for the next step; smaller ones the allocator keeps.
-constexpr std::size_t kept_from = std::size_t(256) << 10;
-constexpr std::size_t page = 4096;
-
-std::size_t alignment_of(std::size_t bytes) {
-  return bytes >= huge_from ? huge_page : bytes >= kept_from ? page : 64;
-}
+std::size_t alignment_of(std::size_t bytes) { return bytes >= huge_from ? huge_page : 64; }
 
 // Large blocks end where a page does, of whatever size: the system is told about whole pages.
 std::size_t rounded(std::size_t bytes) {
-  const std::size_t unit = bytes >= huge_from ? large_block_unit : bytes >= kept_from ? page : 64;
+  const std::size_t unit = bytes >= huge_from ? large_block_unit : 64;
   return (bytes + unit - 1) / unit * unit;
 }
 
@@ -82,10 +76,11 @@ void count(std::size_t bytes) {
 }
 
 #if defined(MADV_FREE) && !defined(__SANITIZE_ADDRESS__)
-// Blocks that were freed, for the next training step, which wants the same again: to get them from
-// the system each time costs a tenth of a step, and half of one where it has to move other pages to
-// make huge ones. While they lie here the system may take their pages (MADV_FREE). What lies here
-// and what is in use never come to more than one and a half times what was in use at once.
+// Large blocks that were freed, for the next training step, which wants the same again: to get them
+// from the system each time costs a tenth of a step, and half of one where it has to move other
+// pages to make huge ones. While they lie here the system may take their pages (MADV_FREE). What
+// lies here and what is in use never come to more than one and a half times what was in use at
+// once.
 class FreeBlocks {
  public:
   // A block of exactly this size, or null.
@@ -177,7 +172,7 @@ FreeBlocks free_blocks() { return {}; }
 
 void* allocate_aligned(std::size_t bytes) {
   bytes = rounded(bytes);
-  void* data = bytes >= kept_from ? free_blocks().take(bytes) : nullptr;
+  void* data = bytes >= huge_from ? free_blocks().take(bytes) : nullptr;
   const bool fresh = !data;
   if (fresh) {
     try {
@@ -188,7 +183,7 @@ void* allocate_aligned(std::size_t bytes) {
     }
   }
   count(bytes);
-  if (fresh && bytes >= kept_from) free_blocks().make_room();
+  if (fresh && bytes >= huge_from) free_blocks().make_room();
   return data;
 }
 
@@ -196,7 +191,7 @@ void free_aligned(void* data, std::size_t bytes) noexcept {
   if (!data) return;
   bytes = rounded(bytes);
   live.fetch_sub(bytes, std::memory_order_relaxed);
-  if (bytes >= kept_from) return free_blocks().put(data, bytes);
+  if (bytes >= huge_from) return free_blocks().put(data, bytes);
   std::free(data);
 }
 
