@@ -67,6 +67,9 @@ def main() -> None:
             dist.all_reduce(mean)
             if rank == 0:
                 print(f"step {step}: loss {mean.item() / size:.4f} on {size} processes", flush=True)
+    # None takes the connections down while another still works on its last step.
+    dist.barrier()
+    del model
     dist.destroy_process_group()
 
 

@@ -49,6 +49,8 @@ for _ in range(2):
     (net(x) ** 2).mean().backward()
 torch.save({name: p.grad for name, p in model.named_parameters()}, to)
 if world > 1:
+    dist.barrier()
+    del net
     dist.destroy_process_group()
 """
 
