@@ -72,10 +72,9 @@ py::array checked(const char* name, const py::handle& object, std::initializer_l
 // memory serves the next training step once the caller has let go of it.
 template <class S>
 py::array new_array(const std::vector<Index>& shape) {
-  constexpr Index large = Index(4) << 20;
   Index size = 1;
   for (const Index n : shape) size *= n;
-  if (size * Index(sizeof(S)) < large) return py::array(py::dtype::of<S>(), shape);
+  if (size * Index(sizeof(S)) < Index(large_block)) return py::array(py::dtype::of<S>(), shape);
   auto buffer = std::make_unique<Buffer<S>>(size);
   S* const data = buffer->data();
   py::capsule owner(buffer.get(), [](void* p) { delete static_cast<Buffer<S>*>(p); });

@@ -11,7 +11,9 @@ namespace fastbptt {
 // overcommitting kernel kill the process when the pages are touched.
 void* allocate_aligned(std::size_t bytes);
 
-// Blocks of 4 MB and more take a multiple of this.
+// Blocks of this size and more are kept for the next step when they are freed, and take a multiple
+// of the unit.
+constexpr std::size_t large_block = std::size_t(4) << 20;
 constexpr std::size_t large_block_unit = std::size_t(64) << 10;
 
 // Takes back what allocate_aligned(bytes) gave; null is nothing.

@@ -19,7 +19,6 @@ constexpr std::size_t ask_from = std::size_t(256) << 20;
 // A large tape is written once from end to end, so most of its cost is the pages' first touch: huge
 // ones, where the system has them, take fewer faults for it.
 constexpr std::size_t huge_page = std::size_t(2) << 20;
-constexpr std::size_t huge_from = 2 * huge_page;
 
 // What Linux thinks it can still give without swapping; no limit where that is not known.
 std::size_t available_memory() {
@@ -40,11 +39,11 @@ std::size_t available_memory() {
   return available;
 }
 
-std::size_t alignment_of(std::size_t bytes) { return bytes >= huge_from ? huge_page : 64; }
+std::size_t alignment_of(std::size_t bytes) { return bytes >= large_block ? huge_page : 64; }
 
 // Large blocks end where a page does, of whatever size: the system is told about whole pages.
 std::size_t rounded(std::size_t bytes) {
-  const std::size_t unit = bytes >= huge_from ? large_block_unit : 64;
+  const std::size_t unit = bytes >= large_block ? large_block_unit : 64;
   return (bytes + unit - 1) / unit * unit;
 }
 
@@ -172,7 +171,7 @@ FreeBlocks free_blocks() { return {}; }
 
 void* allocate_aligned(std::size_t bytes) {
   bytes = rounded(bytes);
-  void* data = bytes >= huge_from ? free_blocks().take(bytes) : nullptr;
+  void* data = bytes >= large_block ? free_blocks().take(bytes) : nullptr;
   const bool fresh = !data;
   if (fresh) {
     try {
@@ -183,7 +182,7 @@ void* allocate_aligned(std::size_t bytes) {
     }
   }
   count(bytes);
-  if (fresh && bytes >= huge_from) free_blocks().make_room();
+  if (fresh && bytes >= large_block) free_blocks().make_room();
   return data;
 }
 
@@ -191,7 +190,7 @@ void free_aligned(void* data, std::size_t bytes) noexcept {
   if (!data) return;
   bytes = rounded(bytes);
   live.fetch_sub(bytes, std::memory_order_relaxed);
-  if (bytes >= huge_from) return free_blocks().put(data, bytes);
+  if (bytes >= large_block) return free_blocks().put(data, bytes);
   std::free(data);
 }
 
