@@ -66,6 +66,11 @@ class ForwardLayer {
   }
   static constexpr Index large_bytes = Index(1) << 20;
 
+  // A single tile of rows leaves a panel as soon as it has read it, so every other step goes from
+  // the last panel to the first, and begins with what is still in the cache. With more rows the
+  // next panel is fetched ahead, in order.
+  bool goes_back(Index t) const { return t % 2 == 1 && job_.batch <= few_rows; }
+
   void run() {
     const Team& team = job_.team;
     const Index begin = team.begin(panels_.count()), end = team.end(panels_.count());
@@ -79,7 +84,8 @@ class ForwardLayer {
         before_ = view_.before();
         h_ = view_.seen();
       }
-      for (Index j = begin; j < end; ++j) {
+      for (Index i = begin; i < end; ++i) {
+        const Index j = goes_back(t) ? begin + end - 1 - i : i;
         if (job_.packed) {
           step_panel(t, j);
         } else {
