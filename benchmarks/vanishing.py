@@ -1,6 +1,6 @@
 """Which networks learn over long distances: the runs behind docs/vanishing.md.
 
-    python benchmarks/vanishing.py                  # all runs (about an hour), then the report
+    python benchmarks/vanishing.py                  # all runs (an hour and a half), then the report
     python benchmarks/vanishing.py --run NAME       # one run; its result is written to the folder
     python benchmarks/vanishing.py --list           # names of the runs that are not there yet
     python benchmarks/vanishing.py --report         # tables and pictures of the runs that are there
@@ -188,7 +188,7 @@ def configs(seeds: int) -> list[Config]:
         new += [Config("copy", 50, cell, "chrono", seed) for cell in ("LSTM", "GRU")]
         new.append(Config("copy", 50, "RNN", "orthogonal", seed))
         if seed == 0:
-            long = {"updates": 2500, "decay": True}
+            long = {"updates": 20000, "decay": True}
             new += [Config("adding", 600, cell, "chrono", **long) for cell in ("GRU", "LSTM")]
         runs += new
     return runs

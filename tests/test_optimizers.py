@@ -27,8 +27,15 @@ KINDS = {
     "rmsprop_centered": (fb.RMSprop, {"alpha": 0.8, "centered": True, "eps": 1e-4}),
     "rmsprop_all": (fb.RMSprop, {"lr": 0.03, "momentum": 0.5, "centered": True}),
 }
-# The last is longer than the blocks that a step goes through.
-SHAPES = {"0.weight": (7, 3), "1.bias": (5,), "1.scale": (), "2.none": (0, 3), "2.long": (129, 257)}
+# The long one fills blocks of its own, the others share them.
+SHAPES = {
+    "0.weight": (7, 3),
+    "1.bias": (5,),
+    "1.scale": (),
+    "2.none": (0, 3),
+    "2.long": (257, 259),
+    "3.weight": (3, 4),
+}
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -109,6 +116,21 @@ def test_state_goes_on_bit_for_bit(kind, rng):
     resumed.load_state_dict(state)
     for key, value in resumed.state_dict().items():
         np.testing.assert_array_equal(value, state[key])
+
+
+@every_kind
+def test_parameters_of_two_dtypes(kind, rng):
+    cls, options = KINDS[kind]
+    alone, mixed, grads = {}, {}, {}
+    for n, (name, parameter) in enumerate(parameters_of(rng).items()):
+        dtype = ("float32", "float64")[n % 2]
+        mixed[name] = parameter.astype(dtype)
+        grads[name] = np.asarray(rng.standard_normal(parameter.shape), dtype)
+        alone[name] = mixed[name].copy()
+        cls({name: alone[name]}, **options).step({name: grads[name]})
+    cls(mixed, **options).step(grads)
+    for name, parameter in mixed.items():
+        np.testing.assert_array_equal(parameter, alone[name])
 
 
 def test_state_has_names_of_kinds_and_parameters():

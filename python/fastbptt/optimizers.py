@@ -1,13 +1,15 @@
 """Optimisers, and clipping of gradients, by the formulas of PyTorch.
 
-A step goes through each parameter in blocks that stay in the cache, with scratch memory for one
-block, so it makes no temporary arrays of the size of a parameter.
+A step goes through the parameters in blocks that stay in the cache, with scratch memory for one
+block, so it makes no temporary arrays of the size of a parameter. Small parameters share a block:
+for them the calls of NumPy cost more than the arithmetic.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,11 +17,47 @@ import numpy as np
 from fastbptt._arrays import Array, as_bool, as_finite
 from fastbptt._part import listed
 
-# Also short enough for a BLAS not to wake its threads for the product of two blocks.
-_BLOCK = 1 << 13
+# Numbers that a step goes through at a time.
+_BLOCK = 1 << 15
+
+# Short enough for a BLAS not to wake its threads for the product of two blocks.
+_DOT_BLOCK = 1 << 13
 
 # The estimate of the norm is kept from zero by this much, as in PyTorch.
 _CLIP_EPS = 1e-6
+
+
+@dataclass
+class _Block:
+    """Numbers that are updated together: `[begin, end)` of all parameters of one dtype in a row.
+
+    They are pieces of parameters, each with its name, where it begins in the parameter, and a view
+    of it.
+    """
+
+    dtype: Any
+    begin: int
+    end: int
+    pieces: list[tuple[str, int, Array]] = field(default_factory=list)
+
+    def gather(self, arrays: Mapping[str, Array] | None, scratch: Array) -> Array:
+        """Return the pieces of parameters, or of arrays like them, as one: a view if it is one."""
+        parts = [
+            view if arrays is None else arrays[name].reshape(-1)[begin : begin + view.size]
+            for name, begin, view in self.pieces
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate(parts, out=scratch[: self.end - self.begin])
+
+    def scatter(self, values: Array) -> None:
+        """Write what `gather` made of the parameters back to them."""
+        if len(self.pieces) == 1:
+            return
+        begin = 0
+        for _, _, view in self.pieces:
+            np.copyto(view, values[begin : begin + view.size])
+            begin += view.size
 
 
 class Optimizer:
@@ -50,6 +88,9 @@ class Optimizer:
                 )
         self.lr = lr
         self._parameters = dict(parameters)
+        self._blocks = list(_divided(self._parameters))
+        # By kind and dtype, as long as all parameters of the dtype; by kind and name, views of it.
+        self._rows: dict[str, dict[Any, Array]] = {}
         self._buffers: dict[str, dict[str, Array]] = {}
 
     @property
@@ -62,8 +103,17 @@ class Optimizer:
         self._lr = _at_least_zero("lr", value)
 
     def _add_buffers(self, *kinds: str) -> None:
+        sizes: dict[Any, int] = {}
+        for parameter in self._parameters.values():
+            sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.size
         for kind in kinds:
-            self._buffers[kind] = {name: np.zeros_like(p) for name, p in self._parameters.items()}
+            self._rows[kind] = rows = {dtype: np.zeros(n, dtype) for dtype, n in sizes.items()}
+            ends = dict.fromkeys(sizes, 0)
+            self._buffers[kind] = views = {}
+            for name, parameter in self._parameters.items():
+                begin = ends[parameter.dtype]
+                ends[parameter.dtype] = end = begin + parameter.size
+                views[name] = rows[parameter.dtype][begin:end].reshape(parameter.shape)
 
     def step(self, grads: Mapping[str, Array]) -> None:
         """Update the parameters in place.
@@ -92,22 +142,19 @@ class Optimizer:
         [0.5, 2.5]
         """
         checked = _checked("grads", grads, self._parameters)
-        blocks = [
-            block
-            for name, parameter in self._parameters.items()
-            for block in _blocks(
-                parameter, checked[name], *(buffers[name] for buffers in self._buffers.values())
-            )
-        ]
+        longest = max((block.end - block.begin for block in self._blocks), default=0)
         scratch = {
-            dtype: np.empty((2, _BLOCK), dtype)
-            for dtype in {parameter.dtype for parameter in self._parameters.values()}
+            dtype: np.empty((4, longest), dtype) for dtype in {b.dtype for b in self._blocks}
         }
         self._begin()
         with np.errstate(all="ignore"):  # what is not finite shows in the next loss
-            for parameter, grad, *buffers in blocks:
-                first, second = scratch[parameter.dtype][:, : parameter.size]
-                self._update(parameter, grad, buffers, first, second)
+            for block in self._blocks:
+                begin, end = block.begin, block.end
+                first, second, third, fourth = scratch[block.dtype]
+                parameter, grad = block.gather(None, third), block.gather(checked, fourth)
+                buffers = [rows[block.dtype][begin:end] for rows in self._rows.values()]
+                self._update(parameter, grad, buffers, first[: end - begin], second[: end - begin])
+                block.scatter(parameter)
 
     def _begin(self) -> None:
         """Count the step, where that matters."""
@@ -514,8 +561,9 @@ def clip_grad_norm(grads: Mapping[str, Array], max_norm: float) -> float:
     squares = 0.0
     with np.errstate(over="ignore", invalid="ignore"):
         for grad in grads.values():
-            for (block,) in _blocks(np.ascontiguousarray(grad)):
-                wide = block.astype(np.float64, copy=False)
+            flat = np.ascontiguousarray(grad).reshape(-1)
+            for begin in range(0, flat.size, _DOT_BLOCK):
+                wide = flat[begin : begin + _DOT_BLOCK].astype(np.float64, copy=False)
                 squares += float(np.dot(wide, wide))
     norm = math.sqrt(squares)
     scale = limit / (norm + _CLIP_EPS)
@@ -525,11 +573,24 @@ def clip_grad_norm(grads: Mapping[str, Array], max_norm: float) -> float:
     return norm
 
 
-def _blocks(*arrays: Array) -> Iterator[list[Array]]:
-    """Return the same pieces of contiguous arrays of one size, side by side."""
-    flat = [array.reshape(-1) for array in arrays]
-    for begin in range(0, flat[0].size, _BLOCK):
-        yield [array[begin : begin + _BLOCK] for array in flat]
+def _divided(parameters: Mapping[str, Array]) -> Iterator[_Block]:
+    """Cut parameters into blocks: long ones into several, neighbours that are short into one."""
+    ends = {parameter.dtype: 0 for parameter in parameters.values()}
+    open_blocks: dict[Any, _Block] = {}
+    for name, parameter in parameters.items():
+        dtype, flat = parameter.dtype, parameter.reshape(-1)
+        for begin in range(0, flat.size, _BLOCK):
+            view = flat[begin : begin + _BLOCK]
+            end = ends[dtype]
+            ends[dtype] += view.size
+            block = open_blocks.get(dtype)
+            if block is None or end + view.size - block.begin > _BLOCK:
+                if block is not None:
+                    yield block
+                block = open_blocks[dtype] = _Block(dtype, end, end)
+            block.pieces.append((name, begin, view))
+            block.end = ends[dtype]
+    yield from open_blocks.values()
 
 
 def _decayed(parameter: Array, grad: Array, weight_decay: float, scratch: Array) -> Array:

@@ -31,7 +31,8 @@ class Pushed(NamedTuple):
         What the model said of each step before it learned from it: `[B, N]` of a step, `[n, B, N]`
         of a block (`[B, n, N]` with `batch_first`).
     loss : float
-        Of these predictions; 0 if no target counts.
+        Of these predictions: the mean over the targets that count, 0 if none does; of a callable
+        loss the sum over the steps.
     """
 
     prediction: Array
@@ -194,7 +195,8 @@ class Stream:
         Returns
         -------
         Pushed
-            `prediction` and `loss`, the mean over the targets that count.
+            `prediction` and `loss`: the mean over the targets that count, for a callable loss the
+            sum of what it returned over the steps of the block.
 
         Raises
         ------
