@@ -128,6 +128,9 @@ class Stack {
       throw py::value_error("dtype: got '" + dtype + "', wanted 'float32' or 'float64'");
     }
     is_double_ = dtype == "float64";
+    if (is_double_ && shape_.options.narrow_tape) {
+      throw py::value_error("narrow_tape: got true for float64, wanted float32");
+    }
     for (const auto& [name, size] : {std::pair<const char*, Index>{"input_size", input_size},
                                      {"hidden_size", hidden_size},
                                      {"num_layers", num_layers}}) {
@@ -194,10 +197,12 @@ class Stack {
         shape_.options.zoneout_c = value.cast<double>();
       else if (name == "proj_size")
         shape_.proj_size = value.cast<Index>();
+      else if (name == "narrow_tape")
+        shape_.options.narrow_tape = value.cast<bool>();
       else
         throw py::type_error("options: got '" + name +
                              "', wanted bidirectional, dropout, peephole, recurrent_dropout, "
-                             "zoneout_h, zoneout_c or proj_size");
+                             "zoneout_h, zoneout_c, proj_size or narrow_tape");
     }
   }
 

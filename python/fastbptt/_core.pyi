@@ -48,7 +48,8 @@ class Stack:
     `weights` holds for each layer, and in it each direction, `weight_ih`, `weight_hh`, `bias_ih`,
     `bias_hh`, `weight_hr`, `h0`, `c0` and `weight_peephole`, `None` for what it does not have,
     C-contiguous and of `dtype`; they are kept by reference. `options` may have `bidirectional`,
-    `dropout`, `peephole`, `recurrent_dropout`, `zoneout_h`, `zoneout_c` and `proj_size`.
+    `dropout`, `peephole`, `recurrent_dropout`, `zoneout_h`, `zoneout_c`, `proj_size` and
+    `narrow_tape`.
 
     `batch` has what is known of a batch beside x: `lengths`, int64 `[B]`, and `seed`, of the
     dropout.

@@ -2,10 +2,20 @@
 // layers, D directions.
 #pragma once
 #include <cstddef>
+#include <cstdint>
+#include <type_traits>
 
 namespace fastbptt {
 
 using Index = std::ptrdiff_t;
+
+// The upper half of a float32: its exponent, and 8 bits of precision in place of 24. For storage
+// only; all arithmetic is float32's.
+struct Bfloat16 {
+  std::uint16_t bits;
+};
+template <class S>
+using Narrow = std::conditional_t<std::is_const_v<S>, const Bfloat16, Bfloat16>;
 
 enum class Cell { rnn_tanh, rnn_relu, lstm, gru, gru_reset_before, lstm_coupled };
 
@@ -56,6 +66,7 @@ struct LayerOptions {
   double zoneout_c = 0;          // and its c
   bool resets = false;           // whether a run may have them
   bool mask = false;
+  bool narrow_tape = false;  // the tape is kept in bfloat16; of float32 layers only
 };
 
 struct LayerShape {

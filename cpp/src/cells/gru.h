@@ -29,16 +29,16 @@ struct GruCell {
     const Packet<S> n = tanh_of(pmadd(r, u_n, load(sums)));
     store(u.h, pmadd(z, psub(load(u.h_before, u.n), n), n), u.n);
     if (!u.tape) return;
-    store(u.tape, r, u.n);
-    store(u.tape + u.n, z, u.n);
-    store(u.tape + 2 * u.n, n, u.n);
-    store(u.tape + 3 * u.n, u_n, u.n);
+    u.tape.keep_activation(0, r, u.n);
+    u.tape.keep_activation(1, z, u.n);
+    u.tape.keep_activation(2, n, u.n);
+    u.tape.keep(3, u_n, u.n);
   }
 
   static FASTBPTT_INLINE void backward(const Packet<S>& grad_h, const ReverseUnit<S>& u) {
     constexpr Index p = lanes<S>;
-    const Packet<S> r = load(u.tape, u.n), z = load(u.tape + u.n, u.n),
-                    n = load(u.tape + 2 * u.n, u.n), u_n = load(u.tape + 3 * u.n, u.n);
+    const Packet<S> r = u.tape.activation(0, u.n), z = u.tape.activation(1, u.n),
+                    n = u.tape.activation(2, u.n), u_n = u.tape.value(3, u.n);
     const Packet<S> through_z = pmul(grad_h, z);
     const Packet<S> grad_n = pmul(psub(grad_h, through_z), one_minus<S>(pmul(n, n)));
     const Packet<S> grad_u = pmul(grad_n, r);
@@ -70,21 +70,23 @@ struct GruResetBeforeCell {
     const Packet<S> r = logistic<S>(load(sums + p)), z = logistic<S>(load(sums + 2 * p));
     store(candidate, load(sums));
     store(reset, pmul(r, load(u.h_before, u.n)), u.n);
-    store(u.tape, r, u.n);
-    store(u.tape + u.n, z, u.n);
+    store(u.z, z, u.n);
+    if (u.tape) u.tape.keep_activation(0, r, u.n);
   }
   static FASTBPTT_INLINE void forward_candidate(const S* sum, const ForwardUnit<S>& u) {
-    const Packet<S> z = load(u.tape + u.n, u.n), n = tanh_of(load(sum));
-    store(u.tape + 2 * u.n, n, u.n);
+    const Packet<S> z = load(u.z, u.n), n = tanh_of(load(sum));
     store(u.h, pmadd(z, psub(load(u.h_before, u.n), n), n), u.n);
+    if (!u.tape) return;
+    u.tape.keep_activation(1, z, u.n);
+    u.tape.keep_activation(2, n, u.n);
   }
 
   // The gradient of n's sum also goes to `grad_sum`, r h' again to `reset`.
   static FASTBPTT_INLINE void backward_candidate(const Packet<S>& grad_h, const ReverseUnit<S>& u,
                                                  S* grad_sum, S* reset) {
     constexpr Index p = lanes<S>;
-    const Packet<S> r = load(u.tape, u.n), z = load(u.tape + u.n, u.n),
-                    n = load(u.tape + 2 * u.n, u.n), before = load(u.h_before, u.n);
+    const Packet<S> r = u.tape.activation(0, u.n), z = u.tape.activation(1, u.n),
+                    n = u.tape.activation(2, u.n), before = load(u.h_before, u.n);
     const Packet<S> through_z = pmul(grad_h, z);
     const Packet<S> grad_n = pmul(psub(grad_h, through_z), one_minus<S>(pmul(n, n)));
     store(u.grads, grad_n);
@@ -96,7 +98,7 @@ struct GruResetBeforeCell {
   // grad_reset: dL/d(r h')
   static FASTBPTT_INLINE void backward_gates(const Packet<S>& grad_reset, const ReverseUnit<S>& u) {
     constexpr Index p = lanes<S>;
-    const Packet<S> r = load(u.tape, u.n), before = load(u.h_before, u.n);
+    const Packet<S> r = u.tape.activation(0, u.n), before = load(u.h_before, u.n);
     const Packet<S> through_r = pmul(grad_reset, r);
     store(u.grads + p, pmul(pmul(through_r, before), one_minus<S>(r)));
     store(u.carry_h, padd(load(u.carry_h, u.n), through_r), u.n);

@@ -55,26 +55,26 @@ struct LstmCell {
     store(u.c, c, u.n);
     store(u.h, pmul(o, tanh_of(c)), u.n);
     if (!u.tape) return;
-    store(u.tape, i, u.n);
-    store(u.tape + u.n, f, u.n);
-    store(u.tape + 2 * u.n, g, u.n);
-    store(u.tape + 3 * u.n, o, u.n);
-    store(u.tape + 4 * u.n, c, u.n);
+    u.tape.keep_activation(0, i, u.n);
+    u.tape.keep_activation(1, f, u.n);
+    u.tape.keep_activation(2, g, u.n);
+    u.tape.keep_activation(3, o, u.n);
+    u.tape.keep(4, c, u.n);
   }
 
   // c again, from the gates.
   static FASTBPTT_INLINE Packet<S> cell(const ReverseUnit<S>& u) {
-    const Packet<S> i = load(u.tape, u.n), f = load(u.tape + u.n, u.n),
-                    g = load(u.tape + 2 * u.n, u.n);
-    return pmadd(f, load(u.c_before, u.n), pmul(i, g));
+    const Packet<S> i = u.tape.activation(0, u.n), f = u.tape.activation(1, u.n),
+                    g = u.tape.activation(2, u.n);
+    return pmadd(f, u.c_before.value(u.n), pmul(i, g));
   }
 
   template <bool peepholes = false>
   static FASTBPTT_INLINE void backward(const Packet<S>& grad_h, const ReverseUnit<S>& u) {
     constexpr Index p = lanes<S>;
-    const Packet<S> i = load(u.tape, u.n), f = load(u.tape + u.n, u.n),
-                    g = load(u.tape + 2 * u.n, u.n), o = load(u.tape + 3 * u.n, u.n);
-    const Packet<S> value = load(u.c, u.n), before = load(u.c_before, u.n);
+    const Packet<S> i = u.tape.activation(0, u.n), f = u.tape.activation(1, u.n),
+                    g = u.tape.activation(2, u.n), o = u.tape.activation(3, u.n);
+    const Packet<S> value = u.c.value(u.n), before = u.c_before.value(u.n);
     const Packet<S> t = tanh_of(value);
     const Packet<S> through_o = pmul(grad_h, o);
     const Packet<S> s_o = pmul(pmul(through_o, t), one_minus<S>(o));
@@ -120,23 +120,23 @@ struct LstmCoupledCell {
     store(u.c, c, u.n);
     store(u.h, pmul(o, tanh_of(c)), u.n);
     if (!u.tape) return;
-    store(u.tape, f, u.n);
-    store(u.tape + u.n, g, u.n);
-    store(u.tape + 2 * u.n, o, u.n);
-    store(u.tape + 3 * u.n, c, u.n);
+    u.tape.keep_activation(0, f, u.n);
+    u.tape.keep_activation(1, g, u.n);
+    u.tape.keep_activation(2, o, u.n);
+    u.tape.keep(3, c, u.n);
   }
 
   static FASTBPTT_INLINE Packet<S> cell(const ReverseUnit<S>& u) {
-    const Packet<S> f = load(u.tape, u.n), g = load(u.tape + u.n, u.n);
-    return pmadd(f, psub(load(u.c_before, u.n), g), g);
+    const Packet<S> f = u.tape.activation(0, u.n), g = u.tape.activation(1, u.n);
+    return pmadd(f, psub(u.c_before.value(u.n), g), g);
   }
 
   template <bool peepholes = false>
   static FASTBPTT_INLINE void backward(const Packet<S>& grad_h, const ReverseUnit<S>& u) {
     constexpr Index p = lanes<S>;
-    const Packet<S> f = load(u.tape, u.n), g = load(u.tape + u.n, u.n),
-                    o = load(u.tape + 2 * u.n, u.n);
-    const Packet<S> value = load(u.c, u.n), before = load(u.c_before, u.n);
+    const Packet<S> f = u.tape.activation(0, u.n), g = u.tape.activation(1, u.n),
+                    o = u.tape.activation(2, u.n);
+    const Packet<S> value = u.c.value(u.n), before = u.c_before.value(u.n);
     const Packet<S> t = tanh_of(value);
     const Packet<S> through_o = pmul(grad_h, o);
     const Packet<S> s_o = pmul(pmul(through_o, t), one_minus<S>(o));
@@ -160,8 +160,8 @@ struct LstmProjectedCell : LstmCell<S> {
 
   // o tanh(c) again goes to `output`.
   static FASTBPTT_INLINE void backward(const Packet<S>& grad, const ReverseUnit<S>& u, S* output) {
-    const Packet<S> o = load(u.tape + 3 * u.n, u.n);
-    store(output, pmul(o, tanh_of(load(u.c, u.n))), u.n);
+    const Packet<S> o = u.tape.activation(3, u.n);
+    store(output, pmul(o, tanh_of(u.c.value(u.n))), u.n);
     LstmCell<S>::backward(grad, u);
   }
 };

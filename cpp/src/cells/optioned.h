@@ -93,7 +93,7 @@ struct OptionedCell {
       alignas(64) S c[p];
       if (o.keep_c) {
         store(c, Cell::cell(u));
-        u.c = c;
+        u.c = {c};
         store(u.carry_c, psub(load(u.carry_c, u.n), past_c), u.n);
       }
       if (u.peephole.data)
@@ -134,7 +134,7 @@ struct OptionedCell {
   static FASTBPTT_INLINE void keep_cell(const ForwardUnit<S>& u, const OptionUnit<S>& o,
                                         const Packet<S>& c) {
     store(u.c, c, u.n);
-    if (u.tape) store(u.tape + (Cell::tape - 1) * u.n, c, u.n);
+    if (u.tape) u.tape.keep(Cell::tape - 1, c, u.n);
     if (o.c_out) store(o.c_out, c, u.n);
   }
 

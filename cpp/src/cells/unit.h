@@ -1,5 +1,6 @@
 // What the arithmetic of a cell sees: one packet of hidden units of one batch row at one step.
 #pragma once
+#include "cells/tape.h"
 #include "kernels/activations.h"
 
 namespace fastbptt {
@@ -16,14 +17,15 @@ struct Peephole {
   FASTBPTT_INLINE S* at(Index gate) const { return data + gate * row; }
 };
 
-// n valid lanes; every pointer is to n values, a tape to several runs of n one after another.
+// n valid lanes; every pointer is to n values.
 template <class S>
 struct ForwardUnit {
   Index n;
   const S* h_before;  // h'
   S* h;               // written
   S* c;               // c' in, c out; LSTM only
-  S* tape;            // null: keep nothing
+  S* z;               // what the gates leave for the candidate; GRU that resets before only
+  TapeUnit<S> tape;
   Peephole<const S> peephole;
 };
 
@@ -31,13 +33,13 @@ template <class S>
 struct ReverseUnit {
   Index n;
   const S* h_before;
-  const S* c_before;
+  TapeRun<S> c_before;
   const S* h;
-  const S* tape;
-  const S* c;  // the c that went through tanh; LSTM only
-  S* carry_h;  // out: dL/dh' apart from what comes through W_hh
-  S* carry_c;  // dL/dc in, dL/dc' out
-  S* grads;    // out: dL/d(sums), whole packets in panel order; lanes beyond n zero
+  TapeUnit<const S> tape;
+  TapeRun<S> c;  // the c that went through tanh; LSTM only
+  S* carry_h;    // out: dL/dh' apart from what comes through W_hh
+  S* carry_c;    // dL/dc in, dL/dc' out
+  S* grads;      // out: dL/d(sums), whole packets in panel order; lanes beyond n zero
   Peephole<const S> peephole;
   Peephole<S> grad_peephole;  // added to; data null: not wanted
 };

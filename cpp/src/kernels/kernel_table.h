@@ -56,6 +56,14 @@ struct StepOptions {
   }
 };
 
+// The tape of a run of steps, [steps, batch, tape_width * H]: of S, or narrow. At most one has
+// data.
+template <class S>
+struct Tape {
+  Sequence<S> wide;
+  Sequence<Narrow<S>> narrow;
+};
+
 // A run of consecutive steps of one layer for some rows of the batch.
 template <class S>
 struct ForwardJob {
@@ -64,7 +72,7 @@ struct ForwardJob {
   Index batch;
   Sequence<const S> x;  // [steps, batch, I]
   Sequence<S> y;        // [steps, batch, H or P]
-  Sequence<S> tape;     // [steps, batch, tape_width * H]; data null: keep nothing
+  Tape<S> tape;         // no data: keep nothing
   State<S> state;       // h [batch, H or P] and c [batch, H], in and out
   const S* packed;      // by forward_pack; null: the weights as they are, for very few rows
   Weights<const S> weights;
@@ -83,7 +91,7 @@ struct ReverseJob {
       initial;  // as in ForwardJob, the state before step 0, read where first; null h: zeros
   Sequence<const S> x;  // as in ForwardJob
   Sequence<const S> y;
-  Sequence<const S> tape;
+  Tape<const S> tape;
   Sequence<const S> grad_y;  // data null: zeros
   Sequence<S> grad_x;        // data null: not asked for
   State<S> grad_state;       // like the state, in: after the last step, out: before the first

@@ -12,6 +12,13 @@
 namespace fastbptt {
 namespace FASTBPTT_ISA {
 
+// The tape of step t and row b, from element `first` on.
+template <class S>
+FASTBPTT_INLINE TapeUnit<S> tape_unit(const Tape<S>& tape, Index t, Index b, Index first) {
+  return {tape.wide.data ? tape.wide.at(t, b) + first : nullptr,
+          tape.narrow.data ? tape.narrow.at(t, b) + first : nullptr};
+}
+
 template <class S, class Cell>
 class ForwardLayer {
   static constexpr Index p = lanes<S>;
@@ -26,8 +33,8 @@ class ForwardLayer {
     const Index ahead = panels.count() * steps * rows * width;
     const SecondProduct<S, Cell> second(s);
     const Index behind = batch * (second.input_row() + second.sums_row());
-    const Index kept = Cell::second == Second::candidate ? batch * Cell::tape * s.hidden_size : 0;
-    return ahead + team * batch * width + behind + kept + StepView<S>::scratch(s, batch);
+    const Index z = Cell::second == Second::candidate ? batch * s.hidden_size : 0;
+    return ahead + team * batch * width + behind + z + StepView<S>::scratch(s, batch);
   }
   static Index packed(const LayerShape& s) {
     return Panels<S, Cell>(s).size() + SecondProduct<S, Cell>(s).size();
@@ -51,11 +58,10 @@ class ForwardLayer {
         sums_(shared_sums_ + job.team.rank * job.batch * width),
         second_sums_(shared_sums_ + job.team.size * job.batch * width),
         inputs_(second_sums_ + job.batch * second_.sums_row()),
-        kept_(inputs_ + job.batch * second_.input_row()),
+        z_(inputs_ + job.batch * second_.input_row()),
         optioned_(job.options.any() || job.weights.peephole),
-        view_(
-            job.options, job.batch, panels_.H, job.team,
-            kept_ + (Cell::second == Second::candidate ? job.batch * Cell::tape * panels_.H : 0)) {}
+        view_(job.options, job.batch, panels_.H, job.team,
+              z_ + (Cell::second == Second::candidate ? job.batch * panels_.H : 0)) {}
 
   static constexpr Index few_rows = tile_rows(Cell::h_count);
   // With so few rows that each panel serves a single tile, or weights that do not stay in L2 from
@@ -217,10 +223,8 @@ class ForwardLayer {
       u.h = job_.y.at(t, b) + first;
     }
     if (job_.state.c) u.c = job_.state.c + b * panels_.H + first;
-    if (job_.tape.data)
-      u.tape = job_.tape.at(t, b) + first * Cell::tape;
-    else if (Cell::second == Second::candidate)
-      u.tape = kept_ + (b * panels_.H + first) * Cell::tape;
+    if constexpr (Cell::second == Second::candidate) u.z = z_ + b * panels_.H + first;
+    if constexpr (Cell::tape > 0) u.tape = tape_unit(job_.tape, t, b, first * Cell::tape);
     if (job_.weights.peephole) u.peephole = {job_.weights.peephole + first, panels_.H};
     return u;
   }
@@ -310,7 +314,7 @@ class ForwardLayer {
   S* const sums_;         // [B][width], of this thread's panel in work
   S* const second_sums_;  // [B][sums_row], of the second product
   S* const inputs_;       // [B][input_row], what it takes
-  S* const kept_;         // a candidate without a tape: [B][tape * H]
+  S* const z_;            // what the gates leave for a candidate: [B][H]
   const bool optioned_;
   StepView<S> view_;
   Sequence<const S> h_;       // h' of the step in work, as the products see it

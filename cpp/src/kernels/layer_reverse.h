@@ -228,17 +228,18 @@ class ReverseLayer {
     }
     u.grads = grads(Cell::wide ? block / 4 : block, t * job_.batch + b) +
               (Cell::wide ? block % 4 * p : 0);
-    if constexpr (Cell::tape > 0) u.tape = job_.tape.at(t, b) + first * Cell::tape;
+    if constexpr (Cell::tape > 0) u.tape = tape_unit(job_.tape, t, b, first * Cell::tape);
     if constexpr (Cell::has_c) {
-      const Index c = first * Cell::tape + (Cell::tape - 1) * u.n;
-      u.c = job_.tape.at(t, b) + c;
+      constexpr Index c = Cell::tape - 1;
+      u.c = u.tape.run(c, u.n);
       u.carry_c = job_.grad_state.c + b * H + first;
+      const bool narrow = job_.tape.narrow.data;
       if (optioned_ && view_.resets(t, b)) {
-        u.c_before = (options_.restart.c ? options_.restart.c : zeros_) + first;
+        u.c_before = {(options_.restart.c ? options_.restart.c : zeros_) + first, nullptr, narrow};
       } else if (!initial) {
-        u.c_before = job_.tape.at(t - 1, b) + c;
+        u.c_before = tape_unit(job_.tape, t - 1, b, first * Cell::tape).run(c, u.n);
       } else {
-        u.c_before = (job_.initial.c ? job_.initial.c + b * H : zeros_) + first;
+        u.c_before = {(job_.initial.c ? job_.initial.c + b * H : zeros_) + first, nullptr, narrow};
       }
       if (job_.peephole) {
         u.peephole = {job_.peephole + first, H};

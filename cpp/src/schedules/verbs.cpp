@@ -9,6 +9,7 @@
 // Backwards in time a kernel runs over sequences with negative strides, and knows nothing of it.
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <memory>
 #include <vector>
 
@@ -154,8 +155,15 @@ struct TapeLayout {
   const Blocks& blocks;
   bool states;
   Index width() const { return tape_width(shape.cell) * shape.hidden_size; }
+  bool narrow() const { return shape.options.narrow_tape; }
+  // Elements of S that a layer's own tape takes.
+  Index own() const {
+    constexpr Index halves = sizeof(S) / sizeof(Bfloat16);
+    const Index values = blocks.rows * width();
+    return narrow() ? (values + halves - 1) / halves : values;
+  }
   Index y_width() const { return shape.directions * shape.output_size(); }
-  Index y_offset() const { return shape.layers() * blocks.rows * width(); }
+  Index y_offset() const { return shape.layers() * own(); }
   Index h_offset() const { return y_offset() + (shape.num_layers - 1) * blocks.rows * y_width(); }
   Index c_offset() const {
     return h_offset() + (states ? shape.layers() * blocks.starts * shape.output_size() : 0);
@@ -164,7 +172,7 @@ struct TapeLayout {
     const bool cells = states && has_cell_state(shape.cell);
     return c_offset() + (cells ? shape.layers() * blocks.starts * shape.hidden_size : 0);
   }
-  S* layer(S* tape, Index k) const { return tape + k * blocks.rows * width(); }
+  S* layer(S* tape, Index k) const { return tape + k * own(); }
   S* y(S* tape, Index l) const { return tape + y_offset() + l * blocks.rows * y_width(); }
   State<S> start(S* tape, Index k, const Block& block) const {
     const Index row = k * blocks.starts + block.before;
@@ -583,6 +591,18 @@ struct Session<S>::Data {
             b.rows * columns, w.part.stride * columns};
   }
 
+  // The tape of layer k in a chunk, in the order of direction d.
+  template <class E>
+  Tape<E> kernel_tape(const Walk& w, const Chunk& c, const TapeLayout<E>& layout, E* tape, Index k,
+                      Index d) const {
+    E* const own = layout.layer(tape, k);
+    const auto steps = [&](auto* base) {
+      return directed(inside(w, c, base, layout.width(), 0), c.steps(), d);
+    };
+    if (layout.narrow()) return {{}, steps(reinterpret_cast<Narrow<E>*>(own))};
+    return {steps(own), {}};
+  }
+
   // The steps of a chunk in a sequence of the caller's, and its rows, if they lie evenly.
   template <class E>
   Sequence<E> outside(const Walk& w, const Chunk& c, const Sequence<E>& all) const {
@@ -757,7 +777,7 @@ struct Session<S>::Data {
           job.y = directed(Sequence<S>{y.data + d * R, y.step, y.row}, c.steps(), d);
         }
         if (tape) {
-          job.tape = directed(inside(w, c, layout.layer(tape, k), layout.width(), 0), c.steps(), d);
+          job.tape = kernel_tape(w, c, layout, tape, k, d);
         }
         job.state = own;
         job.packed = direct ? nullptr : memory.arena.at(memory.packed[k]);
@@ -864,7 +884,7 @@ struct Session<S>::Data {
           grad_cells = from_outside(grad.grad_cells, 0, cells_width(),
                                     memory.arena.at(memory.grad_cells[p]));
         }
-        job.tape = directed(inside(w, c, layout.layer(grad.tape, k), layout.width(), 0), n, d);
+        job.tape = kernel_tape(w, c, layout, grad.tape, k, d);
         const Index columns = shape.layer(k).input_size;
         const Sequence<S> wanted = l == 0 ? outside(w, c, grad.grad_x) : middle(l - 1, c);
         const bool aside = wanted.data && (d == 1 || (l == 0 && !even));
@@ -1001,9 +1021,10 @@ void copy_tape_step(const StackShape& shape, Index B, const S* step, S* tape, In
   const Blocks one{{}, B, 0}, all{{}, T * B, 0};
   const TapeLayout<const S> from{shape, one, false};
   const TapeLayout<S> to{shape, all, false};
-  const Index size = B * from.width(), y_size = B * from.y_width();
+  const Index y_size = B * from.y_width();
+  const std::size_t bytes = B * from.width() * (from.narrow() ? sizeof(Bfloat16) : sizeof(S));
   for (Index l = 0; l < shape.num_layers; ++l) {
-    std::copy_n(from.layer(step, l), size, to.layer(tape, l) + t * size);
+    std::memcpy(reinterpret_cast<char*>(to.layer(tape, l)) + t * bytes, from.layer(step, l), bytes);
     if (l == shape.num_layers - 1) break;
     std::copy_n(from.y(step, l), y_size, to.y(tape, l) + t * y_size);
   }
