@@ -195,3 +195,9 @@ def test_the_option_is_kept(tmp_path):
 def test_another_tape_is_refused(kind, dtype, tape):
     with pytest.raises(ValueError, match=f"tape: got '{tape}' for a layer of {dtype}, wanted"):
         kind(2, 3, dtype=dtype, tape=tape)
+
+
+def test_a_stream_has_none():
+    with pytest.raises(ValueError, match="a stream has no tape"):
+        fb.Stream(fb.Model(fb.GRU(2, 3, tape="bfloat16")), loss="mse", rule=fb.Truncated(1, 2))
+    fb.Stream(fb.Model(fb.GRU(2, 3)), loss="mse", rule=fb.Truncated(1, 2))

@@ -150,6 +150,10 @@ class Recurrent(Part, Generic[StateT]):
             raise ValueError(f"tape: got {value!r} for a layer of {own}, wanted {wanted}")
         return value
 
+    def _other_tape(self) -> str | None:
+        """Return the dtype of the tape where it is not the layer's own."""
+        return None if self.tape == self.dtype.name else self.tape
+
     def _as_zoneout(self, value: Any) -> float | tuple[float, float]:
         if not isinstance(value, (tuple, list)):
             return as_probability("zoneout", value)
@@ -680,7 +684,7 @@ class Recurrent(Part, Generic[StateT]):
             shown.append(f"zoneout={self.zoneout}")
         if self.dtype != np.float32:
             shown.append(f"dtype={self.dtype.name!r}")
-        if self.tape not in (None, self.dtype.name):
+        if self._other_tape():
             shown.append(f"tape={self.tape!r}")
         return shown
 
@@ -959,8 +963,8 @@ class LSTM(Recurrent[tuple[Array, Array]]):
             self._check_alone(name, getattr(self, name))
 
     def _settings(self) -> dict[str, Any]:
-        names = ("proj_size", "peephole", "coupled", "tape")
-        return {**super()._settings(), **{name: getattr(self, name) for name in names}}
+        own = {"proj_size": self.proj_size, "peephole": self.peephole, "coupled": self.coupled}
+        return {**super()._settings(), **own, "tape": self._other_tape()}
 
     def _cell(self) -> str:
         return "lstm_coupled" if self.coupled else "lstm"
@@ -1102,7 +1106,8 @@ class GRU(Recurrent[Array]):
         self.tape = self._as_tape(tape)
 
     def _settings(self) -> dict[str, Any]:
-        return {**super()._settings(), "reset_after": self.reset_after, "tape": self.tape}
+        own = {"reset_after": self.reset_after, "tape": self._other_tape()}
+        return {**super()._settings(), **own}
 
     def _cell(self) -> str:
         return "gru" if self.reset_after else "gru_reset_before"
