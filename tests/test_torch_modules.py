@@ -21,7 +21,6 @@ torch = require("torch")
 from torch.autograd import forward_ad, gradcheck, gradgradcheck  # noqa: E402
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence  # noqa: E402
 
-import fastbptt as fb  # noqa: E402
 import fastbptt.torch as ft  # noqa: E402
 from fastbptt.torch import _cells, _layers, _ops, _verbs  # noqa: E402
 
@@ -169,28 +168,60 @@ def test_dropout_between_layers_draws_what_torch_draws(packed, on_the_core):
     assert_same(flat(ours.eval()(x)), flat(theirs.eval()(x)))
 
 
-@pytest.mark.parametrize("view", ["transposed", "expanded", "strided", "sliced"])
-def test_no_tensor_is_copied(view, monkeypatch, on_the_core):
-    wide = torch.randn(T, B, 2 * I)
+COPIES = {"aten::copy_", "aten::clone", "aten::contiguous", "aten::resolve_neg"}
+
+
+def operations(call):
+    """The names of torch's operations in a call."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call()
+    return {event.name for event in profile.events()}
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("view", ["transposed", "expanded", "strided", "sliced", "no axis dense"])
+def test_no_tensor_is_copied(view, batch_first, on_the_core):
     x = {
         "transposed": torch.randn(B, T, I).transpose(0, 1),
         "expanded": torch.randn(T, 1, I).expand(T, B, I),
         "strided": torch.randn(2 * T, B, I)[::2],
-        "sliced": wide[..., :I],
+        "sliced": torch.randn(T, B, 2 * I)[..., :I],
+        "no axis dense": torch.randn(T, B, 2 * I)[..., ::2],
     }[view]
-    theirs, ours = pair("LSTM", I, H)
-    seen = []
+    x = x.requires_grad_()
+    theirs, ours = pair("LSTM", I, H, 2, batch_first=batch_first, bidirectional=True)
+    state = tuple(torch.randn(4, x.shape[0 if batch_first else 1], H) for _ in range(2))
+    grad_y = torch.randn(*x.shape[:2], 2 * H)
+    results = []
 
-    def sequence(run, tensor):
-        seen.append(tensor)
-        return original(run, tensor)
+    def step():
+        y = ours(x, state)[0]
+        results.extend([y, *torch.autograd.grad(y, [x, *ours.parameters()], grad_y)])
 
-    original = _verbs._sequence
-    monkeypatch.setattr(_verbs, "_sequence", sequence)
-    y = ours(x)[0]
-    assert seen[0] is x
-    assert seen[1].data_ptr() == y.data_ptr()
-    assert_same([y], [theirs(x)[0]])
+    copied = operations(step) & COPIES
+    assert bool(copied) == (view == "no axis dense"), copied
+    y = theirs(x, state)[0]
+    want = [y, *torch.autograd.grad(y, [x, *theirs.parameters()], grad_y)]
+    assert_same(results, want)
+
+
+def test_tensors_that_lie_otherwise(on_the_core):
+    """Signs that are only to be read so, gaps in a state and a weight, zeros without memory."""
+    theirs, ours = pair("LSTM", I, H, dtype=torch.float64)
+    values = torch.randn(T, B, I, dtype=torch.complex128)
+    x = values.conj().imag[...]
+    assert x.is_neg()
+    h = torch.randn(1, B, 2 * H, dtype=torch.float64)[..., ::2]
+    c = torch._neg_view(torch.randn(1, B, H, dtype=torch.float64))
+    wide = torch.randn(4 * H, 3 * I, dtype=torch.float64)
+    for module in (ours, theirs):
+        module.weight_ih_l0 = torch.nn.Parameter(wide[:, ::3])
+        module.weight_hh_l0 = torch.nn.Parameter(torch._neg_view(module.weight_hh_l0.detach()))
+    assert_same(*(outputs_and_gradients(module, x, [h, c]) for module in (ours, theirs)))
+    x = x.requires_grad_()
+    y, (h, _) = ours(x)
+    grads = torch.autograd.grad([y, h], x, [torch._efficientzerotensor(y.shape, dtype=y.dtype), h])
+    assert_same(grads, torch.autograd.grad(ours(x)[1][0], x, h))
 
 
 @pytest.mark.parametrize("grad", ["expanded", "transposed", "none"])
@@ -299,14 +330,18 @@ def test_backward_twice_and_changed_in_between(on_the_core):
 @pytest.mark.parametrize("frozen", ["all", "first layer", "weight_hh_l0", "bias_ih_l1", "input"])
 def test_frozen_parameters(frozen, monkeypatch, on_the_core):
     theirs, ours = pair("LSTM", I, H, 2, dtype=torch.float64)
-    asked = []
+    made = []
 
-    def backward(*arguments):
-        asked.append(original(*arguments))
-        return asked[-1]
+    class Watched:
+        def __getattr__(self, name):
+            return getattr(core, name)
 
-    original = _verbs.backward
-    monkeypatch.setattr(_verbs, "backward", backward)
+        def backward(self, *arguments):
+            made.append(core.backward(*arguments))
+            return made[-1]
+
+    core = _verbs.verbs(_verbs.Run("lstm", True))
+    monkeypatch.setattr(_ops, "verbs", lambda run: Watched())
     results = []
     for module in (ours, theirs):
         torch.manual_seed(0)
@@ -320,10 +355,10 @@ def test_frozen_parameters(frozen, monkeypatch, on_the_core):
         assert (got is None) == (want is None)
         if want is not None:
             assert_same([got], [want])
-    (made,) = asked
-    assert (made.x is None) == (frozen == "input")
+    ((grad_x, _, _, *weights),) = made
+    assert (grad_x is None) == (frozen == "input")
     skipped = {"all": 8, "first layer": 4, "bias_ih_l1": 1}.get(frozen, 0)
-    assert sum(grad is None for grad in made.weights) == skipped
+    assert sum(grad is None for grad in weights) == skipped
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -334,8 +369,8 @@ def test_without_gradients_nothing_is_kept(mode, monkeypatch, on_the_core):
         kept.append(keep)
         return original(*arguments, keep=keep)
 
-    original = _verbs.forward
-    monkeypatch.setattr(_verbs, "forward", forward)
+    original = _ops._forward
+    monkeypatch.setattr(_ops, "_forward", forward)
     theirs, ours = pair("GRU", I, H, 2)
     x = torch.randn(T, B, I)
     with mode():
@@ -542,16 +577,44 @@ def test_errors_of_construction(kind, bad):
     )
 
 
-def test_weights_of_wrong_shape_never_reach_the_core():
+def test_nothing_of_wrong_shape_reaches_the_core():
     """torch reads whatever memory is there; by address the core would, too."""
     layer = ft.LSTM(I, H)
     x, weights = torch.zeros(T, B, I), weights_of(layer)
-    run = _verbs.Run("lstm", True)
-    assert _verbs.check(run, x, None, None, weights) == ""
+    core = _verbs.verbs(_verbs.Run("lstm", True))
+    h, c = states_of("LSTM", (1, B, H))
+    assert core.problem(x, h, c, weights, None) == ""
+    for other in (3, "x", x.as_subclass(type("Own", (torch.Tensor,), {}))):
+        assert "plain tensors" in core.problem(other, h, c, weights, None)
     for i, weight in enumerate(weights):
-        for wrong in (weight[1:], weight[None], weight.double(), weight.narrow(-1, 1, 1)):
+        for wrong in (weight[1:], weight[None], weight.double(), weight.narrow(-1, 1, 1), None):
             changed = [*weights[:i], wrong, *weights[i + 1 :]]
-            assert "weights" in _verbs.check(run, x, None, None, changed)
+            assert "weights" in core.problem(x, h, c, changed, None)
+            with pytest.raises(RuntimeError, match="weights"):
+                core.forward(x, h, c, changed, None, True, 1)
+    for wrong in (h[..., 1:], h[:, 1:], h[0], h.double(), h.to("meta"), None):
+        for name, state in (("h", (wrong, c)), ("c", (h, wrong))):
+            assert core.problem(x, *state, weights, None).startswith(f"{name}: got")
+    for wrong in (x[0], x[None], x.half(), x.int(), x[:0], x.to("meta"), x.to_sparse()):
+        assert core.problem(wrong, h, c, weights, None).startswith("x: ")
+
+    y, _, _, tape = core.forward(x, None, None, weights, None, True, 1)
+    right = [x, None, None, weights, None, y, tape, y, h, c, [True] * 7, 1]
+    core.backward(*right)
+    for place, name in enumerate(("y", "tape", "grad_y", "grad_h", "grad_c"), 5):
+        tensor = right[place]
+        for wrong in (tensor[1:], tensor[None], tensor.double(), tensor.to("meta")):
+            with pytest.raises(RuntimeError, match=name):
+                core.backward(*right[:place], wrong, *right[place + 1 :])
+    with pytest.raises(RuntimeError, match="needed: got 6, wanted 7"):
+        core.backward(*right[:10], [True] * 6, 1)
+    rows = torch.zeros(4, I)
+    for batch_sizes in ([2, 2], [2, 1, 1]):
+        assert core.problem(rows, None, None, weights, torch.tensor(batch_sizes)) == ""
+    for batch_sizes in ([1, 2, 1], [2, 2, 1], [2, 1], [4, 0], [-4, 8], [2**62, 2**62], [5]):
+        problem = core.problem(rows, None, None, weights, torch.tensor(batch_sizes))
+        assert problem.startswith("batch_sizes: ")
+    assert "batch_sizes" in core.problem(rows, None, None, weights, torch.tensor([2, 2]).int())
 
 
 # Compilers
@@ -616,7 +679,6 @@ class Net(torch.nn.Module):
 def test_tape_size_is_that_of_the_core():
     cells = {"rnn_tanh": 1, "lstm": 4, "gru": 3}
     for name, bias, L, D in itertools.product(cells, (True, False), (1, 3), (1, 2)):
-        core = fb._core.Verbs(name, I, H, L, D, 0, False)
         weights = []
         for k in range(L * D):
             G = cells[name] * H
@@ -625,7 +687,8 @@ def test_tape_size_is_that_of_the_core():
         run = _verbs.Run(name, bias, directions=D)
         for steps, rows in ((1, 1), (7, 3), (300, 50)):
             x = torch.zeros(steps, rows, I)
-            assert _verbs.tape_size(run, x, weights) == core.tape_size(steps, rows)
+            tape = _verbs.verbs(run).forward(x, None, None, weights, None, True, 1)[3]
+            assert _verbs.tape_size(run, x, weights) == tape.numel()
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's own

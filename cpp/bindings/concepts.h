@@ -6,7 +6,7 @@ namespace fastbptt::bindings {
 
 void bind_runtime(pybind11::module_& m);
 void bind_recurrent(pybind11::module_& m);
-void bind_functional(pybind11::module_& m);
+void bind_tensors(pybind11::module_& m);
 void bind_readout(pybind11::module_& m);
 void bind_random(pybind11::module_& m);
 void bind_online(pybind11::module_& m);

@@ -1,5 +1,6 @@
 """The C++ core. Every argument is checked there, under the name it has in the public API."""
 
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -133,64 +134,61 @@ def philox(counter: list[int], key: int) -> list[int]:
 def draw_mask(key: int, draw: int, layer: int, step: int, row: int, p: float, n: int) -> Array:
     """Return 0 with probability p, else 1, for the first n units of a place: fastbptt/random.h."""
 
-def packed_rows(batch_sizes: int, T: int) -> int:
-    """Return the sum of the int64 sizes at this address; -1 if one rises or is under 1."""
-
 class Verbs:
-    """The three verbs for one shape of stack, over memory of another library.
+    """The three verbs over tensors of another library, which has DLPack's C exchange.
 
-    Arrays are addresses, 0 for none, sequences an address and the strides of time and batch in
-    elements, weights eight addresses a layer. Nothing about them is checked. `batch_sizes` is the
-    address of those of a packed sequence, whose own step is that of the batch.
+    `tensor` is its class, `parameter` one derived from it whose objects are as plain. Tensors have
+    torch's shapes; nothing is kept from call to call. What it cannot take is a `RuntimeError`.
     """
 
     def __init__(
         self,
+        tensor: type[Any],
+        parameter: type[Any],
         cell: str,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int,
+        bias: bool,
+        batch_first: bool,
         directions: int,
-        proj_size: int,
-        is_double: bool,
+        projected: bool,
     ) -> None: ...
-    def tape_size(self, T: int, B: int, batch_sizes: int = 0) -> int: ...
-    def new_tape(self, size: int) -> Array: ...
+    def problem(self, x: Any, h: Any, c: Any, weights: Sequence[Any], batch_sizes: Any) -> str:
+        """Return what the core cannot take of these tensors, or an empty string."""
+
+    def tape_size(
+        self, T: int, B: int, input_size: int, hidden_size: int, num_layers: int, proj_size: int
+    ) -> int: ...
     def forward(
         self,
-        T: int,
-        B: int,
-        batch_sizes: int,
-        x: tuple[int, int, int],
-        h: int,
-        c: int,
-        weights: list[int],
-        y: tuple[int, int, int],
-        last_h: int,
-        last_c: int,
-        tape: int,
+        x: Any,
+        h: Any,
+        c: Any,
+        weights: Sequence[Any],
+        batch_sizes: Any,
+        keep: bool,
         threads: int,
-    ) -> None: ...
+    ) -> tuple[Any, Any, Any, Any]:
+        """Return y, the last h and c (None without) and the tape (None if it is not to be kept)."""
+
     def backward(
         self,
-        T: int,
-        B: int,
-        batch_sizes: int,
-        x: tuple[int, int, int],
-        h: int,
-        c: int,
-        weights: list[int],
-        y: tuple[int, int, int],
-        tape: int,
-        grad_y: tuple[int, int, int],
-        grad_last_h: int,
-        grad_last_c: int,
-        grad_x: tuple[int, int, int],
-        grad_h: int,
-        grad_c: int,
-        grad_weights: list[int],
+        x: Any,
+        h: Any,
+        c: Any,
+        weights: Sequence[Any],
+        batch_sizes: Any,
+        y: Any,
+        tape: Any,
+        grad_y: Any,
+        grad_h: Any,
+        grad_c: Any,
+        needed: Sequence[bool],
         threads: int,
-    ) -> None: ...
+    ) -> tuple[Any, ...]:
+        """Return the gradients of x, h, c and each weight.
+
+        `needed` says of each whether it is wanted; those that are not are None, but all matrices of
+        a layer are computed where one of its weights is.
+        """
 
 class Block:
     """Some steps of all streams, checked; `prediction` `[n, B, N]` is filled as they are run."""

@@ -18,6 +18,7 @@ def with_dropout(
     h: Tensor | None,
     c: Tensor | None,
     weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
     dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return y, h and c of the whole stack, as one run of it would.
@@ -39,6 +40,7 @@ def with_dropout(
             None if h is None else h[own],
             None if c is None else c[own],
             weights[number * count : (number + 1) * count],
+            batch_sizes,
         )
         last_h.append(h_l)
         last_c += [] if c_l is None else [c_l]

@@ -8,11 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn import Parameter
 
-from fastbptt.torch import _verbs
 from fastbptt.torch._ops import is_traced
-from fastbptt.torch._verbs import Run
+from fastbptt.torch._verbs import Run, sizes, verbs
 
 
 def eligible(
@@ -20,7 +18,8 @@ def eligible(
     x: Tensor,
     h: Tensor | None,
     c: Tensor | None,
-    weights: Sequence[Tensor],
+    weights: Sequence[Any],
+    batch_sizes: Tensor | None = None,
 ) -> bool:
     """Whether the core takes these tensors, here and now.
 
@@ -35,21 +34,31 @@ def eligible(
         or torch._C._get_tracing_state() is not None
     ):
         return False
-    traced = is_traced()
+    if is_traced():
+        return batch_sizes is None and _looks_right(run, x, h, c, weights)
+    return not verbs(run).problem(x, h, c, weights, batch_sizes)
+
+
+def _looks_right(
+    run: Run, x: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Any]
+) -> bool:
+    """Whether the core would take tensors whose memory is elsewhere, and sizes maybe symbols."""
+    if x.dtype not in (torch.float32, torch.float64) or x.dim() != 3 or x.numel() == 0:
+        return False
     for tensor in (x, *weights, *(state for state in (h, c) if state is not None)):
-        kind = type(tensor)
-        # Another class may have no memory of its own; operators cope with that.
-        if (
-            kind is not Tensor
-            and kind is not Parameter
-            and not (traced and isinstance(tensor, Tensor))
+        if not (
+            isinstance(tensor, Tensor)
+            and tensor.dtype == x.dtype
+            and tensor.is_cpu
+            and tensor.layout is torch.strided
         ):
             return False
-        if not tensor.is_cpu or tensor.layout is not torch.strided:
-            return False
-    if run.batch_sizes is not None and traced:
+    if x.shape[2] != weights[0].shape[1]:
         return False
-    return not _verbs.check(run, x, h, c, weights)
+    layers, (_, B) = run.layers(weights), sizes(run, x)
+    return (h is None or h.shape == (layers, B, weights[1].shape[1])) and (
+        c is None or c.shape == (layers, B, run.hidden_size(weights))
+    )
 
 
 def split_state(hx: Any, is_lstm: bool, dim: int) -> tuple[Tensor | None, Tensor | None] | None:

@@ -99,22 +99,22 @@ class _Layers(torch.nn.RNNBase):
         self, x: Tensor, h: Tensor | None, c: Tensor | None, batch_sizes: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None] | None:
         """Return y, h and c; None if this is for the original class."""
-        weights: list[Any] = [self._weight(name) for name in self._flat_weights_names]
+        parameters: Any = self._parameters
+        # A parametrised weight is a property, and not among the parameters.
+        weights: list[Any] = [
+            parameters[name] if name in parameters else getattr(self, name, None)
+            for name in self._flat_weights_names
+        ]
         directions = 2 if self.bidirectional else 1
         batch_first = self.batch_first and batch_sizes is None
         projected = self.proj_size > 0
-        run = Run(_CELLS[self.mode], self.bias, batch_first, directions, batch_sizes, projected)
-        if not eligible(run, x, h, c, weights):
+        run = Run(_CELLS[self.mode], self.bias, batch_first, directions, projected)
+        if not eligible(run, x, h, c, weights, batch_sizes):
             return None
         dropout = self.dropout if self.training and self.num_layers > 1 else 0.0
         if dropout == 0.0:
-            return recurrent(run, x, h, c, weights)
-        return with_dropout(run, x, h, c, weights, dropout)
-
-    def _weight(self, name: str) -> Any:
-        # A parametrised weight is a property, and not among the parameters.
-        weight = self._parameters.get(name)
-        return getattr(self, name, None) if weight is None else weight
+            return recurrent(run, x, h, c, weights, batch_sizes)
+        return with_dropout(run, x, h, c, weights, batch_sizes, dropout)
 
 
 class RNN(_Layers, torch.nn.RNN):

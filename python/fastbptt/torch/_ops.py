@@ -13,29 +13,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastbptt.torch import _verbs
 from fastbptt.torch._steps import differentiable_gradients
-from fastbptt.torch._verbs import Run
+from fastbptt.torch._verbs import Run, tape_size, verbs
 
 
 def recurrent(
-    run: Run, x: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor]
+    run: Run,
+    x: Tensor,
+    h: Tensor | None,
+    c: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return y and the last h and c of tensors that `_verbs.check` has seen."""
-    needs_grad = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (x, h, c, *weights)
+    """Return y and the last h and c of tensors that `eligible` has seen."""
+    needs_grad = torch.is_grad_enabled() and (
+        x.requires_grad
+        or any(weight.requires_grad for weight in weights)
+        or (h is not None and h.requires_grad)
+        or (c is not None and c.requires_grad)
     )
     if is_traced():
-        how = run.cell, run.bias, run.batch_first, run.directions, run.projected
         if needs_grad:
-            y, last_h, last_c, _ = record(x, h, c, list(weights), *how)
+            y, last_h, last_c, _ = record(x, h, c, list(weights), *run)
         else:
-            y, last_h, last_c = advance(x, h, c, list(weights), *how)
+            y, last_h, last_c = advance(x, h, c, list(weights), *run)
         return y, last_h, last_c if run.cell == "lstm" else None
     if needs_grad:
-        results: tuple[Tensor, Tensor, Tensor | None] = _Recurrent.apply(run, x, h, c, *weights)  # type: ignore[no-untyped-call]
+        results: tuple[Tensor, Tensor, Tensor | None] = _Recurrent.apply(  # type: ignore[no-untyped-call]
+            run, batch_sizes, x, h, c, *weights
+        )
         return results
-    return _verbs.forward(run, x, h, c, weights, keep=False)[:3]
+    return _forward(run, x, h, c, weights, batch_sizes, keep=False)[:3]
 
 
 def is_traced() -> bool:
@@ -43,46 +51,53 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
+def _forward(
+    run: Run,
+    x: Tensor,
+    h: Tensor | None,
+    c: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    threads = torch.get_num_threads()
+    return verbs(run).forward(x, h, c, weights, batch_sizes, keep, threads)
+
+
 class _Recurrent(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, run: Run, x: Tensor, h: Tensor | None, c: Tensor | None, *weights: Tensor
+        ctx: Any,
+        run: Run,
+        batch_sizes: Tensor | None,
+        x: Tensor,
+        h: Tensor | None,
+        c: Tensor | None,
+        *weights: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        y, last_h, last_c, tape = _verbs.forward(run, x, h, c, weights, keep=True)
+        y, last_h, last_c, tape = _forward(run, x, h, c, weights, batch_sizes, keep=True)
         ctx.run = run
+        ctx.batch_sizes = batch_sizes
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, h, c, y, tape, *weights)
         return y, last_h, last_c
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
+        run, batch_sizes, needed = ctx.run, ctx.batch_sizes, ctx.needs_input_grad[2:]
         x, h, c, y, tape, *weights = ctx.saved_tensors
-        _, need_x, need_h, need_c, *need_weights = ctx.needs_input_grad
         if torch.is_grad_enabled():  # create_graph
             inputs = (x, h, c, *weights)
-            return None, *differentiable_gradients(ctx.run, inputs, ctx.needs_input_grad[1:], grads)
-        found = _verbs.backward(
-            ctx.run, x, h, c, weights, y, tape, grads, need_x, need_h or need_c, need_weights
+            found = differentiable_gradients(run, batch_sizes, inputs, needed, grads)
+            return None, None, *found
+        threads, (grad_y, grad_h, grad_c) = torch.get_num_threads(), grads
+        return (
+            None,
+            None,
+            *verbs(run).backward(
+                x, h, c, weights, batch_sizes, y, tape, grad_y, grad_h, grad_c, needed, threads
+            ),
         )
-        return None, found.x, found.h, found.c, *found.weights
-
-
-def _checked(
-    cell: str,
-    bias: bool,
-    batch_first: bool,
-    directions: int,
-    projected: bool,
-    x: Tensor,
-    h: Tensor | None,
-    c: Tensor | None,
-    weights: Sequence[Tensor],
-) -> Run:
-    """Return the run; `RuntimeError` if the core cannot take it."""
-    run = Run(cell, bias, batch_first, directions, None, projected)
-    if problem := _verbs.check(run, x, h, c, weights):
-        raise RuntimeError(problem)
-    return run
 
 
 @torch.library.custom_op("fastbptt::advance", mutates_args=(), device_types="cpu")
@@ -98,8 +113,8 @@ def advance(
     projected: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y and the last h and c; of other cells than the LSTM, c is empty."""
-    run = _checked(cell, bias, batch_first, directions, projected, x, h, c, weights)
-    y, last_h, last_c, _ = _verbs.forward(run, x, h, c, weights, keep=False)
+    run = Run(cell, bias, batch_first, directions, projected)
+    y, last_h, last_c, _ = _forward(run, x, h, c, weights, None, keep=False)
     return y, last_h, x.new_empty(0) if last_c is None else last_c
 
 
@@ -116,8 +131,8 @@ def record(
     projected: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return what `advance` does, and the tape."""
-    run = _checked(cell, bias, batch_first, directions, projected, x, h, c, weights)
-    y, last_h, last_c, tape = _verbs.forward(run, x, h, c, weights, keep=True)
+    run = Run(cell, bias, batch_first, directions, projected)
+    y, last_h, last_c, tape = _forward(run, x, h, c, weights, None, keep=True)
     assert tape is not None
     return y, last_h, x.new_empty(0) if last_c is None else last_c, tape
 
@@ -143,28 +158,16 @@ def reverse(
     need_weights: Sequence[bool],
 ) -> list[Tensor]:
     """Return the gradients of x, h, c and the weights; empty ones where not needed."""
-    run = _checked(cell, bias, batch_first, directions, projected, x, h, c, weights)
-    L, B, R = run.layers(weights), _verbs.sizes(run, x)[1], weights[1].shape[1]
-    for name, tensor, shape in (
-        ("y", y, (*x.shape[:-1], directions * R)),
-        ("tape", tape, (_verbs.tape_size(run, x, weights),)),
-        ("grad_y", grad_y, y.shape),
-        ("grad_h", grad_h, (L, B, R)),
-        ("grad_c", grad_c, (L, B, run.hidden_size(weights))),
-    ):
-        if tensor is not None and (tensor.shape != shape or tensor.dtype != x.dtype):
-            found = f"{tensor.dtype} {tuple(tensor.shape)}"
-            raise RuntimeError(f"{name}: got {found}, wanted {x.dtype} {tuple(shape)}")
-    grads = (grad_y, grad_h, grad_c)
-    needs = (need_x, need_state, need_weights)
-    found_x, found_h, found_c, found_weights = _verbs.backward(
-        run, x, h, c, weights, y.contiguous(), tape.contiguous(), grads, *needs
+    run = Run(cell, bias, batch_first, directions, projected)
+    needed = need_x, need_state, need_state, *need_weights
+    threads = torch.get_num_threads()
+    found = verbs(run).backward(
+        x, h, c, weights, None, y, tape, grad_y, grad_h, grad_c, needed, threads
     )
-    all_found = (found_x, found_h, found_c, *found_weights)
-    wanted = _wanted(h, c, *needs)
+    wanted = _wanted(h, c, need_x, need_state, need_weights)
     return [
         grad if grad is not None and need else x.new_empty(0)
-        for grad, need in zip(all_found, wanted, strict=True)
+        for grad, need in zip(found, wanted, strict=True)
     ]
 
 
@@ -186,7 +189,7 @@ def _(
     directions: int,
     projected: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    run = Run(cell, bias, batch_first, directions, None, projected)
+    run = Run(cell, bias, batch_first, directions, projected)
     L, B, R = run.layers(weights), x.shape[0 if batch_first else 1], weights[1].shape[1]
     y = x.new_empty((*x.shape[:-1], directions * R))
     last_c = x.new_empty((L, B, run.hidden_size(weights)) if cell == "lstm" else 0)
@@ -205,10 +208,9 @@ def _(
     directions: int,
     projected: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    how = cell, bias, batch_first, directions
-    y, last_h, last_c = advance(x, h, c, weights, *how, projected)
-    tape = _verbs.tape_size(Run(*how, None, projected), x, weights)
-    return y, last_h, last_c, x.new_empty(tape)
+    run = Run(cell, bias, batch_first, directions, projected)
+    y, last_h, last_c = advance(x, h, c, weights, *run)
+    return y, last_h, last_c, x.new_empty(tape_size(run, x, weights))
 
 
 @reverse.register_fake

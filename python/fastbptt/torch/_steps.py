@@ -14,6 +14,7 @@ from fastbptt.torch._verbs import Run, sizes
 
 def differentiable_gradients(
     run: Run,
+    batch_sizes: Tensor | None,
     inputs: Sequence[Tensor | None],
     needed: Sequence[bool],
     grads: Sequence[Tensor | None],
@@ -24,7 +25,7 @@ def differentiable_gradients(
     """
     # Views of their own, or an input that was made from another would have its gradient twice.
     views: list[Any] = [None if t is None else t.view_as(t) for t in inputs]
-    results: tuple[Any, ...] = _forward(run, *views)
+    results: tuple[Any, ...] = _forward(run, batch_sizes, *views)
     used = [(result, grad) for result, grad in zip(results, grads, strict=True) if grad is not None]
     wanted = [view for view, need in zip(views, needed, strict=True) if need]
     if not used:
@@ -42,11 +43,16 @@ def differentiable_gradients(
 
 
 def _forward(
-    run: Run, x: Tensor, h: Tensor | None, c: Tensor | None, *weights: Tensor
+    run: Run,
+    batch_sizes: Tensor | None,
+    x: Tensor,
+    h: Tensor | None,
+    c: Tensor | None,
+    *weights: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    T, B = sizes(run, x)
-    if run.batch_sizes is not None:
-        steps = list(torch.split(x, run.batch_sizes.tolist()))
+    T, B = sizes(run, x, batch_sizes)
+    if batch_sizes is not None:
+        steps = list(torch.split(x, batch_sizes.tolist()))
     else:
         steps = list(x.unbind(1 if run.batch_first else 0))
     last_h, last_c = [], []
@@ -65,11 +71,7 @@ def _forward(
             last_h.append(h_k)
             last_c.append(c_k)
         steps = [torch.cat(both, -1) for both in zip(*outputs, strict=True)]
-    y = (
-        torch.cat(steps)
-        if run.batch_sizes is not None
-        else torch.stack(steps, int(run.batch_first))
-    )
+    y = torch.cat(steps) if batch_sizes is not None else torch.stack(steps, int(run.batch_first))
     return y, torch.stack(last_h), torch.stack(last_c) if run.cell == "lstm" else None
 
 

@@ -1,0 +1,461 @@
+// The verbs over tensors of another library, for adapters that keep their own tensors and tape.
+//
+// A call reads all it needs of its tensors at once (dlpack.h) and checks it: nothing is kept from
+// one to the next, so tensors may be replaced, moved and resized in between.
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <stdexcept>
+#include <vector>
+
+#include "arrays.h"
+#include "cells.h"
+#include "concepts.h"
+#include "dlpack.h"
+#include "fastbptt/runtime.h"
+
+namespace fastbptt::bindings {
+namespace {
+
+// What both ways through time read: the shape of the stack, the input, the state that it begins
+// with, and the weights in torch's order, those of a layer and direction side by side.
+struct Inputs {
+  StackShape shape;
+  Dtype dtype;
+  Index T, B;
+  View x, h, c;  // h and c may be null
+  std::vector<View> weights;
+  std::vector<Index> lengths;  // of a packed sequence
+  bool packed = false;
+
+  Batch batch() const { return {T, B, packed ? lengths.data() : nullptr, packed}; }
+};
+
+class Verbs {
+ public:
+  Verbs(const py::type& tensor, const py::type& parameter, const std::string& cell, bool bias,
+        bool batch_first, Index directions, bool projected)
+      : tensors_(tensor, parameter),
+        cell_(cell_of(cell)),
+        bias_(bias),
+        batch_first_(batch_first),
+        directions_(directions),
+        projected_(projected) {
+    if (directions < 1 || directions > 2) {
+      throw py::value_error("directions: got " + std::to_string(directions) + ", wanted 1 or 2");
+    }
+    if (projected && cell_ != Cell::lstm) {
+      throw py::value_error("projected: got " + cell + ", wanted an LSTM");
+    }
+    members_ = {0, 1};
+    if (bias) members_.insert(members_.end(), {2, 3});
+    if (projected) members_.push_back(4);
+  }
+
+  // What the core cannot take of these, or an empty text. A class of tensors of its own may do
+  // more than hold memory, which only torch's own operations would let it do.
+  std::string problem(py::handle x, py::handle h, py::handle c, const py::object& weights,
+                      py::handle batch_sizes) const {
+    const py::tuple all(weights);
+    const auto plain = [&](py::handle t) { return t.is_none() || tensors_.is_plain(t); };
+    if (!plain(x) || !plain(h) || !plain(c) || !std::all_of(all.begin(), all.end(), plain)) {
+      return "wanted plain tensors, and none of a class of its own";
+    }
+    Inputs inputs;
+    return read(inputs, x, h, c, all, batch_sizes);
+  }
+
+  Index tape_size(Index T, Index B, Index input_size, Index hidden_size, Index num_layers,
+                  Index proj_size) const {
+    return fastbptt::tape_size(shape(input_size, hidden_size, num_layers, proj_size), T, B);
+  }
+
+  py::tuple forward(py::handle x, py::handle h, py::handle c, const py::object& weights,
+                    py::handle batch_sizes, bool keep, int threads) const {
+    Inputs in;
+    const Kept kept = inputs(in, x, h, c, weights, batch_sizes);
+    const Index L = in.shape.layers(), D = in.shape.directions;
+    const Index R = in.shape.output_size();
+    View y_at, h_at, c_at;
+    const py::object y = empty(x, with_last_axis(in.x, D * R), y_at);
+    const py::object last_h = empty(x, {L, in.B, R}, h_at);
+    const py::object last_c =
+        has_cell_state(cell_) ? empty(x, {L, in.B, in.shape.hidden_size}, c_at) : py::none();
+    py::object tape = py::none();
+    const auto run = [&](auto zero) {
+      using S = decltype(zero);
+      S* kept_at = nullptr;
+      if (keep) tape = new_tape<S>(x, fastbptt::tape_size(in.shape, in.batch()), kept_at);
+      const Forward<S> call{in.T,
+                            sequence<const S>(in, in.x),
+                            {in.h.at<const S>(), in.c.at<const S>()},
+                            sequence<S>(in, y_at),
+                            {h_at.at<S>(), c_at.at<S>()}};
+      in_session<S>(in, threads, [&](Session<S>& session, Interrupt interrupt) {
+        // Without tape record and advance are the same for a cell that needs none.
+        kept_at ? session.record(call, kept_at, interrupt) : session.advance(call, interrupt);
+      });
+    };
+    in.dtype == Dtype::float64 ? run(0.0) : run(0.0f);
+    return py::make_tuple(y, last_h, last_c, tape);
+  }
+
+  // `needed` says of x, h, c and each weight whether its gradient is; the others are None.
+  py::tuple backward(py::handle x, py::handle h, py::handle c, const py::object& weights,
+                     py::handle batch_sizes, py::handle y, py::handle tape, py::handle grad_y,
+                     py::handle grad_last_h, py::handle grad_last_c, const py::sequence& needed,
+                     int threads) const {
+    Inputs in;
+    Kept kept = inputs(in, x, h, c, weights, batch_sizes);
+    const Index L = in.shape.layers(), D = in.shape.directions;
+    const Index R = in.shape.output_size(), H = in.shape.hidden_size;
+    const std::size_t count = 3 + in.weights.size();
+    if (needed.size() != count) {
+      throw std::runtime_error("needed: got " + std::to_string(needed.size()) + ", wanted " +
+                               std::to_string(count));
+    }
+    const auto need = [&](std::size_t i) { return needed[i].cast<bool>(); };
+
+    const View y_shape = with_last_axis(in.x, D * R);
+    const View y_at = given("y", y, in, y_shape, rows, kept);
+    const View grad_y_at = given("grad_y", grad_y, in, y_shape, rows, kept);
+    const View h_shape = of_shape({L, in.B, R}), c_shape = of_shape({L, in.B, H});
+    const View grad_h_at = given("grad_h", grad_last_h, in, h_shape, whole, kept);
+    const View grad_c_at = given("grad_c", grad_last_c, in, c_shape, whole, kept);
+    const Index tape_size = fastbptt::tape_size(in.shape, in.batch());
+    const View tape_at =
+        tape_size > 0 ? given("tape", tape, in, of_shape({tape_size}), whole, kept) : View();
+    if (!y_at || (tape_size > 0 && !tape_at)) {
+      throw std::runtime_error("y, tape: got None, wanted those of forward");
+    }
+
+    py::tuple results(count);
+    const auto make = [&](std::size_t i, py::handle like, const View& shape) {
+      View at;
+      results[i] = empty(like, shape, at);
+      return at;
+    };
+    for (std::size_t i = 0; i < count; ++i) results[i] = py::none();
+    const View to_x = need(0) ? make(0, x, in.x) : View();
+    const bool need_state = (in.h && need(1)) || (in.c && need(2));
+    const View to_h = need_state ? make(1, x, h_shape) : View();
+    const View to_c = need_state && in.c ? make(2, x, c_shape) : View();
+    std::vector<View> to_weights(in.weights.size());
+    const Index a_layer = static_cast<Index>(members_.size());
+    const auto frozen = std::make_unique<bool[]>(L);
+    for (Index k = 0; k < L; ++k) {
+      frozen[k] = true;
+      for (Index i = k * a_layer; i < (k + 1) * a_layer; ++i) frozen[k] &= !need(3 + i);
+      // All matrices of a layer are computed, or none.
+      for (Index i = k * a_layer; i < (k + 1) * a_layer; ++i) {
+        const View& weight = in.weights[i];
+        const bool wanted = weight.axes == 2 ? !frozen[k] : need(3 + i);
+        if (wanted) to_weights[i] = make(3 + i, x, weight);
+      }
+    }
+
+    const auto run = [&](auto zero) {
+      using S = decltype(zero);
+      const std::vector<Weights<S>> to = layers<S>(to_weights);
+      State<S> grad_initial{to_h.at<S>(), to_c.at<S>()};
+      const Index size = L * in.B * H;
+      const Buffer<S> unwanted(grad_initial.h ? 0 : 2 * size);
+      if (!grad_initial.h) grad_initial = {unwanted.data(), unwanted.data() + size};
+      const Forward<S> call{in.T,
+                            sequence<const S>(in, in.x),
+                            {in.h.at<const S>(), in.c.at<const S>()},
+                            sequence<S>(in, y_at),
+                            {}};
+      const Reverse<S> grad{tape_at.at<const S>(),
+                            sequence<const S>(in, grad_y_at),
+                            {grad_h_at.at<const S>(), grad_c_at.at<const S>()},
+                            sequence<S>(in, to_x),
+                            grad_initial,
+                            frozen.get()};
+      in_session<S>(in, threads, [&](Session<S>& session, Interrupt interrupt) {
+        session.reverse(call, grad, interrupt);
+        session.finish(to.data());
+      });
+    };
+    in.dtype == Dtype::float64 ? run(0.0) : run(0.0f);
+    return results;
+  }
+
+ private:
+  // Copies of tensors that lie otherwise than the core takes them.
+  using Kept = std::vector<py::object>;
+
+  enum Order { rows, whole };  // dense in the last axis, or in all
+
+  StackShape shape(Index input_size, Index hidden_size, Index num_layers, Index proj_size) const {
+    return {cell_, input_size, hidden_size, num_layers, directions_, 0, proj_size};
+  }
+
+  static View of_shape(std::initializer_list<Index> shape) {
+    View view;
+    view.axes = static_cast<int>(shape.size());
+    std::copy(shape.begin(), shape.end(), view.shape);
+    return view;
+  }
+
+  static View with_last_axis(View view, Index size) {
+    view.shape[view.axes - 1] = size;
+    return view;
+  }
+
+  // Reads all tensors, changes none, and says what is wrong with them.
+  std::string read(Inputs& in, py::handle x, py::handle h, py::handle c, const py::tuple& weights,
+                   py::handle batch_sizes) const {
+    in.packed = !batch_sizes.is_none();
+    if (!tensors_.read(x, in.x)) {
+      return "x: wanted a tensor on the CPU, of up to 3 axes, with something in it";
+    }
+    in.dtype = in.x.dtype;
+    if (in.dtype != Dtype::float32 && in.dtype != Dtype::float64) {
+      return std::string("x: got ") + name_of(in.dtype) + ", wanted float32 or float64";
+    }
+    if (in.x.axes != (in.packed ? 2 : 3)) {
+      return "x: got " + in.x.text() + ", wanted (T, B, I), of a packed sequence (rows, I)";
+    }
+    if (std::string text = read_weights(in, weights); !text.empty()) return text;
+    if (in.packed) {
+      if (std::string text = read_batch_sizes(in, batch_sizes); !text.empty()) return text;
+    } else {
+      in.T = in.x.shape[batch_first_ ? 1 : 0];
+      in.B = in.x.shape[batch_first_ ? 0 : 1];
+    }
+    if (h.is_none() && c.is_none()) return "";
+    const Index L = in.shape.layers();
+    if (std::string text = read_state("h", h, in, {L, in.B, in.shape.output_size()}, in.h);
+        !text.empty()) {
+      return text;
+    }
+    if (!has_cell_state(cell_)) return "";
+    return read_state("c", c, in, {L, in.B, in.shape.hidden_size}, in.c);
+  }
+
+  std::string read_weights(Inputs& in, const py::tuple& weights) const {
+    const Index count = static_cast<Index>(weights.size());
+    const Index a_layer = static_cast<Index>(members_.size());
+    if (count == 0 || count % (a_layer * directions_) != 0) {
+      return "weights: got " + std::to_string(count) + ", wanted " +
+             std::to_string(a_layer * directions_) + " a layer";
+    }
+    in.weights.resize(count);
+    for (Index i = 0; i < count; ++i) {
+      View& weight = in.weights[i];
+      if (!tensors_.read(weights[i], weight)) {
+        return "weights[" + std::to_string(i) + "]: wanted a tensor on the CPU";
+      }
+      if (weight.dtype != in.dtype) {
+        return "weights[" + std::to_string(i) + "]: got " + name_of(weight.dtype) + ", wanted " +
+               name_of(in.dtype);
+      }
+    }
+    const View &w_hh = in.weights[1], &last = in.weights[a_layer - 1];
+    if (w_hh.axes != 2 || last.axes != (projected_ || !bias_ ? 2 : 1)) {
+      return "weights: wanted matrices and, for biases, vectors";
+    }
+    const Index R = w_hh.shape[1], H = projected_ ? last.shape[1] : R;
+    if (projected_ && R >= H) {
+      return "weights: got a projection from " + std::to_string(H) + " values to " +
+             std::to_string(R) + ", wanted one to fewer";
+    }
+    in.shape =
+        shape(in.x.shape[in.x.axes - 1], H, count / a_layer / directions_, projected_ ? R : 0);
+    for (Index i = 0; i < count; ++i) {
+      const auto [n, columns] = weight_shape(in.shape.layer(i / a_layer), members_[i % a_layer]);
+      const View& weight = in.weights[i];
+      if (columns > 0 ? weight.has_shape({n, columns}) : weight.has_shape({n})) continue;
+      return "weights[" + std::to_string(i) + "]: got " + weight.text() + ", wanted " +
+             shape_text(columns > 0 ? std::vector<Index>{n, columns} : std::vector<Index>{n});
+    }
+    return "";
+  }
+
+  // B, T and the length of each row, the longest first.
+  std::string read_batch_sizes(Inputs& in, py::handle batch_sizes) const {
+    View view;
+    if (!tensors_.read(batch_sizes, view) || view.dtype != Dtype::int64 || view.axes != 1 ||
+        !view.is_dense(1)) {
+      return "batch_sizes: wanted a dense vector of int64 on the CPU";
+    }
+    const auto* const sizes = view.at<const std::int64_t>();
+    Index sum = 0, rows = sizes[0];
+    bool fits = rows >= 1 && rows <= in.x.shape[0];
+    if (fits) in.lengths.assign(rows, view.shape[0]);
+    for (Index t = 0; t < view.shape[0] && fits; ++t) {
+      fits = sizes[t] >= 1 && sizes[t] <= rows;
+      if (!fits) break;
+      std::fill(in.lengths.begin() + sizes[t], in.lengths.begin() + rows, t);
+      rows = static_cast<Index>(sizes[t]);
+      sum += rows;
+    }
+    if (!fits || sum != in.x.shape[0]) {
+      return "batch_sizes: wanted a row that never rises, from 1 up, of sum " +
+             std::to_string(in.x.shape[0]);
+    }
+    in.T = view.shape[0];
+    in.B = static_cast<Index>(sizes[0]);
+    return "";
+  }
+
+  std::string read_state(const char* name, py::handle state, const Inputs& in,
+                         std::initializer_list<Index> shape, View& view) const {
+    if (tensors_.read(state, view) && view.dtype == in.dtype && view.has_shape(shape)) return "";
+    return std::string(name) + ": got " + (view ? view.text() : "no tensor on the CPU") +
+           ", wanted " + name_of(in.dtype) + " " + shape_text(shape);
+  }
+
+  // Reads all tensors, and makes copies of those that lie otherwise than the core takes them.
+  Kept inputs(Inputs& in, py::handle x, py::handle h, py::handle c, const py::object& weights,
+              py::handle batch_sizes) const {
+    const py::tuple all(weights);
+    const std::string text = read(in, x, h, c, all, batch_sizes);
+    if (!text.empty()) throw std::runtime_error(text);
+    Kept kept;
+    settle(x, in.x, rows, kept);
+    if (in.h) settle(h, in.h, whole, kept);
+    if (in.c) settle(c, in.c, whole, kept);
+    for (std::size_t i = 0; i < in.weights.size(); ++i) {
+      settle(all[i], in.weights[i], whole, kept);
+    }
+    return kept;
+  }
+
+  // A tensor that came back from autograd or from the caller's hooks; None has no data.
+  View given(const char* name, py::handle tensor, const Inputs& in, const View& shape, Order order,
+             Kept& kept) const {
+    View view;
+    if (tensor.is_none()) return view;
+    // Zeros that autograd only says are there have no memory before they are copied.
+    if (!tensors_.read(tensor, view)) {
+      kept.push_back(tensor.attr("clone")());
+      tensor = kept.back();
+      if (!tensors_.read(tensor, view)) {
+        throw std::runtime_error(std::string(name) + ": wanted a tensor with memory on the CPU");
+      }
+    }
+    const bool fits = view.dtype == in.dtype && view.axes == shape.axes &&
+                      std::equal(view.shape, view.shape + view.axes, shape.shape);
+    if (!fits) {
+      View wanted = shape;
+      wanted.dtype = in.dtype;
+      throw std::runtime_error(std::string(name) + ": got " + view.text() + ", wanted " +
+                               wanted.text());
+    }
+    settle(tensor, view, order, kept);
+    return view;
+  }
+
+  void settle(py::handle tensor, View& view, Order order, Kept& kept) const {
+    static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
+    const auto negated = py::reinterpret_steal<py::object>(
+        PyObject_CallMethodNoArgs(tensor.ptr(), is_neg));  // whose signs are only to be read so
+    if (!negated) throw py::error_already_set();
+    const bool dense = view.is_dense(order == whole ? view.axes : 1);
+    if (negated.ptr() != Py_True && dense) return;
+    py::object copy = negated.ptr() == Py_True ? tensor.attr("resolve_neg")()
+                                               : py::reinterpret_borrow<py::object>(tensor);
+    if (!dense) copy = copy.attr("contiguous")();
+    const View before = view;
+    if (!tensors_.read(copy, view) || view.axes != before.axes || view.dtype != before.dtype ||
+        !std::equal(view.shape, view.shape + view.axes, before.shape) ||
+        !view.is_dense(order == whole ? view.axes : 1)) {
+      throw std::runtime_error("a tensor has no dense copy");
+    }
+    kept.push_back(std::move(copy));
+  }
+
+  // A new dense tensor, not initialised, of the dtype of another.
+  py::object empty(py::handle like, const View& shape, View& view) const {
+    static PyObject* const new_empty = PyUnicode_InternFromString("new_empty");
+    py::tuple sizes(shape.axes);
+    for (int i = 0; i < shape.axes; ++i) sizes[i] = shape.shape[i];
+    auto made = py::reinterpret_steal<py::object>(
+        PyObject_CallMethodOneArg(like.ptr(), new_empty, sizes.ptr()));
+    if (!made) throw py::error_already_set();
+    if (!tensors_.read(made, view) || view.axes != shape.axes || !view.is_dense(view.axes) ||
+        !std::equal(view.shape, view.shape + view.axes, shape.shape)) {
+      throw std::runtime_error("new_empty gave another tensor than was asked for");
+    }
+    return made;
+  }
+  py::object empty(py::handle like, std::initializer_list<Index> shape, View& view) const {
+    return empty(like, of_shape(shape), view);
+  }
+
+  // A large one is memory of this library's: of huge pages, and kept for the next training step.
+  template <class S>
+  py::object new_tape(py::handle like, Index size, S*& data) const {
+    if (size * Index(sizeof(S)) >= Index(large_block)) {
+      Buffer<S> buffer(size);
+      data = buffer.data();
+      return tensors_.tensor_of(std::move(buffer));
+    }
+    View view;
+    if (size == 0) return like.attr("new_empty")(0);
+    py::object tape = empty(like, {size}, view);
+    data = view.at<S>();
+    return tape;
+  }
+
+  template <class S>
+  Sequence<S> sequence(const Inputs& in, const View& view) const {
+    if (!view) return {};
+    if (in.packed) return {view.at<S>(), 0, view.strides[0]};
+    return {view.at<S>(), view.strides[batch_first_ ? 1 : 0], view.strides[batch_first_ ? 0 : 1]};
+  }
+
+  template <class S, class F>
+  void in_session(const Inputs& in, int threads, F&& work) const {
+    const std::vector<Weights<const S>> own = layers<const S>(in.weights);
+    without_gil([&](Interrupt interrupt) {
+      const ThreadLimit limit(threads);
+      Session<S> session(in.shape, own.data(), in.batch());
+      work(session, interrupt);
+    });
+  }
+
+  template <class S>
+  std::vector<Weights<S>> layers(const std::vector<View>& weights) const {
+    std::vector<Weights<S>> found(weights.size() / members_.size());
+    for (std::size_t i = 0; i < weights.size(); ++i) {
+      found[i / members_.size()].*weight_member<S>[members_[i % members_.size()]] =
+          weights[i].at<S>();
+    }
+    return found;
+  }
+
+  Tensors tensors_;
+  Cell cell_;
+  bool bias_;
+  bool batch_first_;
+  Index directions_;
+  bool projected_;
+  std::vector<int> members_;  // what a layer and direction has, of weight_member
+};
+
+}  // namespace
+
+void bind_tensors(py::module_& m) {
+  py::class_<Verbs>(m, "Verbs")
+      .def(
+          py::init<const py::type&, const py::type&, const std::string&, bool, bool, Index, bool>(),
+          py::arg("tensor"), py::arg("parameter"), py::arg("cell"), py::arg("bias"),
+          py::arg("batch_first"), py::arg("directions"), py::arg("projected"))
+      .def("problem", &Verbs::problem, py::arg("x"), py::arg("h"), py::arg("c"), py::arg("weights"),
+           py::arg("batch_sizes"))
+      .def("tape_size", &Verbs::tape_size, py::arg("T"), py::arg("B"), py::arg("input_size"),
+           py::arg("hidden_size"), py::arg("num_layers"), py::arg("proj_size"))
+      .def("forward", &Verbs::forward, py::arg("x"), py::arg("h"), py::arg("c"), py::arg("weights"),
+           py::arg("batch_sizes"), py::arg("keep"), py::arg("threads"))
+      .def("backward", &Verbs::backward, py::arg("x"), py::arg("h"), py::arg("c"),
+           py::arg("weights"), py::arg("batch_sizes"), py::arg("y"), py::arg("tape"),
+           py::arg("grad_y"), py::arg("grad_h"), py::arg("grad_c"), py::arg("needed"),
+           py::arg("threads"));
+}
+
+}  // namespace fastbptt::bindings

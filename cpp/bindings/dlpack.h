@@ -1,0 +1,185 @@
+// Tensors of another library, through DLPack's C exchange (https://dmlc.github.io/dlpack, version
+// 1.3): a table of functions at the tensor's class, which say where a tensor lies, and how, without
+// a call of Python. Declared is only what is used here.
+#pragma once
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "arrays.h"
+#include "fastbptt/buffer.h"
+
+namespace fastbptt::bindings {
+namespace dlpack {
+
+struct Version {
+  std::uint32_t major;
+  std::uint32_t minor;
+};
+
+struct DataType {
+  std::uint8_t code;  // 0 integers, 2 floats
+  std::uint8_t bits;
+  std::uint16_t lanes;
+};
+
+struct Tensor {
+  void* data;
+  std::int32_t device;  // 1: the CPU
+  std::int32_t device_id;
+  std::int32_t ndim;
+  DataType dtype;
+  std::int64_t* shape;
+  std::int64_t* strides;  // in elements
+  std::uint64_t byte_offset;
+};
+
+struct ManagedTensor {
+  Version version;
+  void* context;
+  void (*deleter)(ManagedTensor*);
+  std::uint64_t flags;
+  Tensor tensor;
+};
+
+struct Exchange {
+  Version version;
+  Exchange* previous;  // an older table
+  void* allocator;
+  void* managed_from_object;
+  int (*object_from_managed)(ManagedTensor*, void** object);
+  int (*describe)(void* object, Tensor*);
+  void* work_stream;
+};
+
+}  // namespace dlpack
+
+enum class Dtype { float32, float64, int64, other };
+
+inline const char* name_of(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::float32:
+      return "float32";
+    case Dtype::float64:
+      return "float64";
+    case Dtype::int64:
+      return "int64";
+    default:
+      return "another dtype";
+  }
+}
+
+// Where a tensor lies; good while the tensor lives and nobody resizes it. Strides in elements.
+struct View {
+  static constexpr int most_axes = 3;
+  void* data = nullptr;
+  Dtype dtype = Dtype::other;
+  int axes = 0;
+  Index shape[most_axes];
+  Index strides[most_axes];
+
+  explicit operator bool() const { return data != nullptr; }
+  template <class S>
+  S* at() const {
+    return static_cast<S*>(data);
+  }
+  bool has_shape(std::initializer_list<Index> wanted) const {
+    return std::equal(shape, shape + axes, wanted.begin(), wanted.end());
+  }
+  Index size() const {
+    Index product = 1;
+    for (int i = 0; i < axes; ++i) product *= shape[i];
+    return product;
+  }
+  // Whether the last `count` axes lie without gaps, the last one fastest.
+  bool is_dense(int count) const {
+    Index step = 1;
+    for (int i = axes - 1; i >= axes - count; --i) {
+      if (shape[i] != 1 && strides[i] != step) return false;
+      step *= shape[i];
+    }
+    return true;
+  }
+  std::string text() const { return name_of(dtype) + (" " + shape_text({shape, shape + axes})); }
+};
+
+// The tensors of one library.
+class Tensors {
+ public:
+  // Its class of tensors, and one derived from it whose objects are as plain.
+  Tensors(const py::type& tensor, const py::type& parameter)
+      : tensor_(tensor), parameter_(parameter) {
+    constexpr std::uint32_t major = 1;
+    const py::object capsule = tensor.attr("__dlpack_c_exchange_api__");
+    void* const table = PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api");
+    if (!table) throw py::error_already_set();
+    for (exchange_ = static_cast<dlpack::Exchange*>(table);
+         exchange_ && exchange_->version.major != major; exchange_ = exchange_->previous) {
+    }
+    if (!exchange_) throw py::import_error("DLPack: wanted version 1 of the C exchange");
+  }
+
+  // Whether it is of one of the two classes themselves, and not of one that may do anything.
+  bool is_plain(py::handle object) const {
+    const auto* const type = reinterpret_cast<PyObject*>(Py_TYPE(object.ptr()));
+    return type == tensor_.ptr() || type == parameter_.ptr();
+  }
+
+  // False if it has no memory on the CPU, or more axes than a View. Not for empty tensors.
+  bool read(py::handle object, View& view) const {
+    if (!is_plain(object) && !py::isinstance(object, tensor_)) return false;
+    dlpack::Tensor found{};
+    if (exchange_->describe(object.ptr(), &found) != 0) {
+      PyErr_Clear();
+      return false;
+    }
+    constexpr std::int32_t cpu = 1;
+    if (!found.data || found.device != cpu || found.ndim > View::most_axes) return false;
+    view.data = static_cast<char*>(found.data) + found.byte_offset;
+    view.dtype = dtype_of(found.dtype);
+    view.axes = found.ndim;
+    for (int i = 0; i < found.ndim; ++i) {
+      view.shape[i] = static_cast<Index>(found.shape[i]);
+      view.strides[i] = static_cast<Index>(found.strides[i]);
+    }
+    return true;
+  }
+
+  // A tensor of one axis over memory of this library, which goes with it.
+  template <class S>
+  py::object tensor_of(Buffer<S> buffer) const {
+    struct Owner : dlpack::ManagedTensor {
+      Buffer<S> buffer;
+      std::int64_t size;
+      std::int64_t stride = 1;
+    };
+    auto owner = std::make_unique<Owner>();
+    owner->buffer = std::move(buffer);
+    owner->size = owner->buffer.size();
+    owner->version = {1, 0};
+    owner->deleter = [](dlpack::ManagedTensor* self) { delete static_cast<Owner*>(self); };
+    owner->tensor = {
+        owner->buffer.data(), 1, 0, 1, {2, std::uint8_t(8 * sizeof(S)), 1}, &owner->size,
+        &owner->stride,       0};
+    void* object = nullptr;
+    if (exchange_->object_from_managed(owner.get(), &object) != 0) throw py::error_already_set();
+    owner.release();
+    return py::reinterpret_steal<py::object>(static_cast<PyObject*>(object));
+  }
+
+ private:
+  static Dtype dtype_of(dlpack::DataType found) {
+    if (found.lanes != 1) return Dtype::other;
+    if (found.code == 2 && found.bits == 32) return Dtype::float32;
+    if (found.code == 2 && found.bits == 64) return Dtype::float64;
+    return found.code == 0 && found.bits == 64 ? Dtype::int64 : Dtype::other;
+  }
+
+  py::type tensor_, parameter_;
+  dlpack::Exchange* exchange_ = nullptr;
+};
+
+}  // namespace fastbptt::bindings
