@@ -67,6 +67,15 @@ class Verbs {
     return read(inputs, x, h, c, all, batch_sizes);
   }
 
+  // Whether each of these gradients is None or lies in memory: one may stand for many, or for
+  // zeros.
+  bool can_read(const py::tuple& gradients) const {
+    return std::all_of(gradients.begin(), gradients.end(), [&](py::handle gradient) {
+      View view;
+      return gradient.is_none() || tensors_.read(gradient, view);
+    });
+  }
+
   Index tape_size(Index T, Index B, Index input_size, Index hidden_size, Index num_layers,
                   Index proj_size) const {
     return fastbptt::tape_size(shape(input_size, hidden_size, num_layers, proj_size), T, B);
@@ -330,13 +339,8 @@ class Verbs {
              Kept& kept) const {
     View view;
     if (tensor.is_none()) return view;
-    // Zeros that autograd only says are there have no memory before they are copied.
     if (!tensors_.read(tensor, view)) {
-      kept.push_back(tensor.attr("clone")());
-      tensor = kept.back();
-      if (!tensors_.read(tensor, view)) {
-        throw std::runtime_error(std::string(name) + ": wanted a tensor with memory on the CPU");
-      }
+      throw std::runtime_error(std::string(name) + ": wanted a tensor with memory on the CPU");
     }
     const bool fits = view.dtype == in.dtype && view.axes == shape.axes &&
                       std::equal(view.shape, view.shape + view.axes, shape.shape);
@@ -448,6 +452,7 @@ void bind_tensors(py::module_& m) {
           py::arg("batch_first"), py::arg("directions"), py::arg("projected"))
       .def("problem", &Verbs::problem, py::arg("x"), py::arg("h"), py::arg("c"), py::arg("weights"),
            py::arg("batch_sizes"))
+      .def("can_read", &Verbs::can_read, py::arg("gradients"))
       .def("tape_size", &Verbs::tape_size, py::arg("T"), py::arg("B"), py::arg("input_size"),
            py::arg("hidden_size"), py::arg("num_layers"), py::arg("proj_size"))
       .def("forward", &Verbs::forward, py::arg("x"), py::arg("h"), py::arg("c"), py::arg("weights"),

@@ -154,6 +154,9 @@ class Verbs:
     def problem(self, x: Any, h: Any, c: Any, weights: Sequence[Any], batch_sizes: Any) -> str:
         """Return what the core cannot take of these tensors, or an empty string."""
 
+    def can_read(self, gradients: tuple[Any, ...]) -> bool:
+        """Whether each is None or a tensor in memory, and does not stand for many, or for zeros."""
+
     def tape_size(
         self, T: int, B: int, input_size: int, hidden_size: int, num_layers: int, proj_size: int
     ) -> int: ...

@@ -88,6 +88,10 @@ class _Layers(torch.nn.RNNBase):
             return None
         results = self._run(packed.data, *state, packed.batch_sizes)
         if results is None:
+            # The LSTM of `torch.nn` does not do this, and reads what memory happens to be there.
+            self.check_input(packed.data, packed.batch_sizes)
+            if hx is not None:
+                self.check_forward_args(packed.data, hx, packed.batch_sizes)
             return None
         y, h, c = results
         _, sizes, order, back = packed

@@ -86,7 +86,9 @@ class _Recurrent(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         run, batch_sizes, needed = ctx.run, ctx.batch_sizes, ctx.needs_input_grad[2:]
         x, h, c, y, tape, *weights = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph
+        core = verbs(run)
+        # With create_graph, or where one gradient stands for many (is_grads_batched).
+        if torch.is_grad_enabled() or not core.can_read(grads):
             inputs = (x, h, c, *weights)
             found = differentiable_gradients(run, batch_sizes, inputs, needed, grads)
             return None, None, *found
@@ -94,7 +96,7 @@ class _Recurrent(torch.autograd.Function):
         return (
             None,
             None,
-            *verbs(run).backward(
+            *core.backward(
                 x, h, c, weights, batch_sizes, y, tape, grad_y, grad_h, grad_c, needed, threads
             ),
         )

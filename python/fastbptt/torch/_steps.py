@@ -21,11 +21,12 @@ def differentiable_gradients(
 ) -> list[Tensor | None]:
     """Return the gradients of x, h, c and the weights as functions of them and of `grads`.
 
-    Slow: one torch operation after the other, for `create_graph=True` alone.
+    Slow: one torch operation after the other, for what the core cannot do.
     """
-    # Views of their own, or an input that was made from another would have its gradient twice.
-    views: list[Any] = [None if t is None else t.view_as(t) for t in inputs]
-    results: tuple[Any, ...] = _forward(run, batch_sizes, *views)
+    with torch.enable_grad():  # which is off where nobody differentiates again
+        # Views of their own, or an input that was made from another would have its gradient twice.
+        views: list[Any] = [None if t is None else t.view_as(t) for t in inputs]
+        results: tuple[Any, ...] = _forward(run, batch_sizes, *views)
     used = [(result, grad) for result, grad in zip(results, grads, strict=True) if grad is not None]
     wanted = [view for view, need in zip(views, needed, strict=True) if need]
     if not used:
@@ -35,7 +36,7 @@ def differentiable_gradients(
             [result for result, _ in used],
             wanted,
             [grad for _, grad in used],
-            create_graph=True,
+            create_graph=torch.is_grad_enabled(),
             allow_unused=True,
         )
     )
