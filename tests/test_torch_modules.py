@@ -572,7 +572,7 @@ def test_errors(kind, bad):
     theirs, ours = pair(kind, I, H)
     if kind == "LSTM" and bad in ("packed input_size", "packed state"):
         # torch's own LSTM reads what memory happens to be there; the GRU raises this.
-        with pytest.raises(RuntimeError, match="Expected hidden|must be equal to input_size"):
+        with pytest.raises(RuntimeError, match=r"Expected hidden|must be equal to input_size"):
             BAD[bad](ours)
         return
     assert_same_error(lambda: BAD[bad](ours), lambda: BAD[bad](theirs))
