@@ -49,6 +49,9 @@ class Option:
         The T of its input, if that is not the plain layer's; only its `lengths` count as work.
     cells : tuple of str
         Those that have the option.
+    projected : bool
+        Whether h has half as many values as c; then the work beside the plain layer's is in the
+        sizes of the products.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
@@ -57,6 +60,7 @@ class Option:
     work: float = 1.0
     steps: int | None = None
     cells: tuple[str, ...] = CELLS
+    projected: bool = False
 
 
 def _lengths(rng: np.random.Generator, T: int, B: int) -> dict[str, Any]:
@@ -77,6 +81,8 @@ OPTIONS = {
     "return_cells": Option(given=lambda rng, T, B: {"return_cells": True}, cells=("lstm",)),
     "peephole": Option({"peephole": True}, cells=("lstm",)),
     "coupled": Option({"coupled": True}, cells=("lstm",)),
+    "layer_norm": Option({"layer_norm": True}, cells=("lstm", "gru")),
+    "proj_size": Option(projected=True, cells=("lstm",)),
     "recurrent_dropout": Option({"recurrent_dropout": 0.3}),
     "zoneout": Option({"zoneout": 0.1}),
 }
@@ -121,7 +127,12 @@ def time_option(
     work = option.work
     if "lengths" in given:
         work *= given["lengths"].sum() / (T * B)
-    layer, exact = (make(cell, sizes, option.settings, dtype) for dtype in ("float32", "float64"))
+    settings = option.settings
+    if option.projected:
+        I, H = sizes  # noqa: E741
+        settings = settings | {"proj_size": H // 2}
+        work *= (4 * H * (I + H // 2) + H // 2 * H) / (4 * H * (I + H))
+    layer, exact = (make(cell, sizes, settings, dtype) for dtype in ("float32", "float64"))
     x, grad_y = numbers(steps, B, sizes[0]), numbers(steps, B, layer.output_size)
     check(layer, exact, x, grad_y, given)
     plain = make(cell, sizes, option.plain, "float32")

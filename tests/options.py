@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from random_numbers import DROPOUT, RECURRENT_DROPOUT, ZONEOUT_C, ZONEOUT_H, keeps
-from reference import GATES, Results, Run, load_weights, make_layer, named_state
+from reference import GATES, MORE_KINDS, Results, Run, load_weights, make_layer, named_state
 
 Array = NDArray[Any]
 
@@ -53,6 +53,10 @@ class Problem:
         return "weight_peephole_l0" in self.weights
 
     @property
+    def layer_norm(self) -> bool:
+        return "weight_ln_ih_l0" in self.weights
+
+    @property
     def learned(self) -> bool:
         return "h0_l0" in self.weights
 
@@ -81,7 +85,11 @@ class Problem:
         T, B, size = self.x.shape
         H = self.grad_h.shape[-1]
         longest = self.num_layers * (size + self.directions * H) + T * B
-        return 32.0 * float(np.finfo(self.x.dtype).eps) * np.sqrt(longest)
+        return (
+            (128.0 if self.layer_norm else 32.0)
+            * float(np.finfo(self.x.dtype).eps)
+            * np.sqrt(longest)
+        )
 
 
 def draw(
@@ -104,6 +112,7 @@ def draw(
     peephole: bool = False,
     coupled: bool = False,
     cells: bool = False,
+    layer_norm: bool = False,
 ) -> Problem:
     T, B, size, H = sizes
 
@@ -111,6 +120,7 @@ def draw(
         return rng.standard_normal(shape).astype(dtype)
 
     lstm = cell == "lstm"
+    layer_norm = layer_norm and cell in ("lstm", "gru")
     G = 3 if coupled and lstm else GATES[cell]
     weights: dict[str, Array] = {}
     bound = 1.0 / np.sqrt(H)
@@ -126,8 +136,13 @@ def draw(
                 shapes |= {"h0": (H,)} | ({"c0": (H,)} if cell == "lstm" else {})
             if peephole and lstm:
                 shapes["weight_peephole"] = ((G - 1) * H,)
+            if layer_norm:
+                shapes |= {"weight_ln_ih": (G * H,), "weight_ln_hh": (G * H,)}
+            if layer_norm and lstm:
+                shapes |= {"weight_ln_c": (H,)} | ({"bias_ln_c": (H,)} if bias else {})
             for kind, shape in shapes.items():
-                weights[f"{kind}_l{layer}{end}"] = rng.uniform(-bound, bound, shape).astype(dtype)
+                drawn = rng.uniform(-bound, bound, shape) + kind.startswith("weight_ln")
+                weights[f"{kind}_l{layer}{end}"] = drawn.astype(dtype)
     states = [normal(num_layers * directions, B, H) for _ in range(4)]
     lengths = rng.integers(0, T + 1, B) if ragged else None
     if lengths is not None and rng.random() < 0.5:
@@ -165,6 +180,8 @@ def layer_for(problem: Problem, **more: Any) -> Any:
         more |= {"zoneout": problem.zoneout}
     else:
         more |= {"zoneout": problem.zoneout[0]}
+    if problem.layer_norm:
+        more |= {"layer_norm": True}
     layer = make_layer(
         problem.cell,
         problem.x.shape[2],
@@ -242,6 +259,8 @@ def run_reference(run: Run, problem: Problem) -> Results:
             """What the steps of one layer and direction are besides its cell."""
             order = slice(None, None, -1 if k % D else 1)
             found: dict[str, Any] = {"peephole": p.weights.get(f"weight_peephole{p.suffixes()[k]}")}
+            for name, short in MORE_KINDS.items():
+                found[short] = p.weights.get(f"{name}{p.suffixes()[k]}")
             if p.resets is not None:
                 marks = p.resets[:n, b : b + 1]
                 if k % D:
@@ -325,6 +344,7 @@ def run_reference(run: Run, problem: Problem) -> Results:
                     "bias_ih": "b_ih",
                     "bias_hh": "b_hh",
                     "weight_peephole": "peephole",
+                    **MORE_KINDS,
                 }.items():
                     if f"{name}{p.suffixes()[k]}" in p.weights:
                         results[f"grad_{name}{p.suffixes()[k]}"] += part[f"grad_{short}"]

@@ -22,10 +22,18 @@ Results = dict[str, Array]
 GATES = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3, "gru_reset_before": 3}
 CELLS = list(GATES)
 # And with those options that have kernels of their own.
-KERNELS = [*CELLS, "lstm+projection"]
+KERNELS = [*CELLS, "lstm+projection", "lstm+layer_norm", "gru+layer_norm"]
 
 # In the order of the reference's arguments.
 KINDS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+# The library's names of other parameters, and the reference's.
+MORE_KINDS = {
+    "weight_hr": "w_hr",
+    "weight_ln_ih": "gain_ih",
+    "weight_ln_hh": "gain_hh",
+    "weight_ln_c": "gain_c",
+    "bias_ln_c": "shift_c",
+}
 
 
 class Run(Protocol):
@@ -44,8 +52,7 @@ class Run(Protocol):
         grad_y: Array | None,
         grad_h: Array | None,
         grad_c: Array | None,
-        *,
-        w_hr: Array | None = None,
+        **more: Any,
     ) -> dict[str, Array | None]: ...
 
 
@@ -54,9 +61,15 @@ def projection_of(cell: str, hidden_size: int) -> int:
     return hidden_size // 2 if cell.endswith("+projection") else 0
 
 
+def is_normalised(cell: str, hidden_size: int) -> bool:
+    """Return whether there are enough units; two normalised values depend on their order alone."""
+    return cell.endswith("+layer_norm") and hidden_size > 4
+
+
 def options_of(cell: str, hidden_size: int) -> dict[str, Any]:
     proj_size = projection_of(cell, hidden_size)
-    return {"proj_size": proj_size} if proj_size else {}
+    layer_norm = {"layer_norm": True} if is_normalised(cell, hidden_size) else {}
+    return layer_norm | ({"proj_size": proj_size} if proj_size else {})
 
 
 def make_layer(cell: str, input_size: int, hidden_size: int, num_layers: int = 1, **options):
@@ -147,6 +160,8 @@ def draw(
     """
     G, P = GATES[cell.partition("+")[0]], projection_of(cell, H)
     R, has_c = P or H, cell.startswith("lstm")
+    if is_normalised(cell, H):
+        I = max(I, 3)  # noqa: E741  # the size of one input alone does not get through
     bound = 1.0 / np.sqrt(H)
     while True:
 
@@ -160,8 +175,13 @@ def draw(
                 shapes |= {"bias_ih": (G * H,), "bias_hh": (G * H,)}
             if P:
                 shapes |= {"weight_hr": (P, H)}
+            if is_normalised(cell, H):
+                shapes |= {"weight_ln_ih": (G * H,), "weight_ln_hh": (G * H,)}
+                shapes |= {"weight_ln_c": (H,)} if has_c else {}
+                shapes |= {"bias_ln_c": (H,)} if has_c and bias else {}
             for kind, shape in shapes.items():
-                weights[f"{kind}_l{layer}"] = rng.uniform(-bound, bound, shape).astype(dtype)
+                drawn = rng.uniform(-bound, bound, shape) + kind.startswith("weight_ln")
+                weights[f"{kind}_l{layer}"] = drawn.astype(dtype)
         states = [normal(num_layers, B, R) for _ in range(2)]
         states += [normal(num_layers, B, H) for _ in range(2 if has_c else 0)]
         problem = Problem(
@@ -253,7 +273,9 @@ def run_reference(run: Run, problem: Problem) -> Results:
             grad_y,
             grad_h[layer] if grad_states else None,
             grad_c[layer] if grad_states and grad_c is not None else None,
-            w_hr=problem.weights.get(f"weight_hr_l{layer}"),
+            **{
+                short: problem.weights.get(f"{name}_l{layer}") for name, short in MORE_KINDS.items()
+            },
         )
 
     inputs = [problem.x]
@@ -270,10 +292,10 @@ def run_reference(run: Run, problem: Problem) -> Results:
         if parts[0][theirs] is not None:
             results[ours] = np.stack([part[theirs] for part in parts])
     for layer, part in enumerate(parts):
-        for kind, short in {"weight": "w", "bias": "b"}.items():
-            for side in ("ih", "hh", "hr"):
-                if f"{kind}_{side}_l{layer}" in problem.weights:
-                    results[f"grad_{kind}_{side}_l{layer}"] = part[f"grad_{short}_{side}"]
+        shorts = dict(zip(KINDS, ("w_ih", "w_hh", "b_ih", "b_hh"), strict=True))
+        for kind, short in (shorts | MORE_KINDS).items():
+            if f"{kind}_l{layer}" in problem.weights:
+                results[f"grad_{kind}_l{layer}"] = part[f"grad_{short}"]
     return results
 
 
@@ -283,11 +305,13 @@ def rounding(problem: Problem) -> float:
     A sum of n products has an error that grows like sqrt(n) units in the last place where the
     roundings are independent; the longest sums run over I + H in every layer and over T * B in the
     weight gradients, and each step hands its error on to the next. The factor leaves room for
-    activations that are some units off and for sums that cancel.
+    activations that are some units off and for sums that cancel; a normalised value and its
+    gradient are what is left of larger ones, a unit as wide as theirs.
     """
     T, B, I, H = problem.sizes  # noqa: E741
     longest = problem.num_layers * (I + H) + T * B
-    return 16.0 * float(np.finfo(problem.dtype).eps) * np.sqrt(longest)
+    factor = 64.0 if is_normalised(problem.cell, H) else 16.0
+    return factor * float(np.finfo(problem.dtype).eps) * np.sqrt(longest)
 
 
 def assert_close(actual: Results, expected: Results, tolerance: float) -> None:

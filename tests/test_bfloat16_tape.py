@@ -46,7 +46,7 @@ def threads(request):
 @pytest.mark.parametrize("seed", range(10))
 def test_with_any_options_the_results_are_the_same_and_the_gradient_is_near(cell, seed, threads):
     rng = np.random.default_rng([seed, 16])
-    problem = draw_any(rng, cell, "float32")
+    problem = draw_any(rng, cell, "float32", layer_norm=False)
     plain = options.run_library(problem)
     found = options.run_library(problem, options.layer_for(problem, tape="bfloat16"))
     changed = 0

@@ -189,6 +189,8 @@ class Stack {
         shape_.dropout = value.cast<double>();
       else if (name == "peephole")
         shape_.options.peephole = value.cast<bool>();
+      else if (name == "layer_norm")
+        shape_.options.layer_norm = value.cast<bool>();
       else if (name == "recurrent_dropout")
         shape_.options.recurrent_dropout = value.cast<double>();
       else if (name == "zoneout_h")
@@ -201,8 +203,8 @@ class Stack {
         shape_.options.narrow_tape = value.cast<bool>();
       else
         throw py::type_error("options: got '" + name +
-                             "', wanted bidirectional, dropout, peephole, recurrent_dropout, "
-                             "zoneout_h, zoneout_c, proj_size or narrow_tape");
+                             "', wanted bidirectional, dropout, peephole, layer_norm, "
+                             "recurrent_dropout, zoneout_h, zoneout_c, proj_size or narrow_tape");
     }
   }
 

@@ -59,7 +59,9 @@ py::dict run(const std::string& cell, const Array& x, const Array& h0,
              const std::optional<Flags>& mask, const std::optional<Array>& recurrent_mask,
              const std::optional<Array>& keep_h, const std::optional<Array>& keep_c,
              const std::optional<Array>& peephole, const std::optional<Array>& grad_cells,
-             const std::optional<Array>& w_hr) {
+             const std::optional<Array>& w_hr, const std::optional<Array>& gain_ih,
+             const std::optional<Array>& gain_hh, const std::optional<Array>& gain_c,
+             const std::optional<Array>& shift_c) {
   if (x.ndim() != 3 || h0.ndim() != 2) {
     throw py::value_error("x wants three axes [T, B, I] and h0 two [B, H]");
   }
@@ -87,11 +89,15 @@ py::dict run(const std::string& cell, const Array& x, const Array& h0,
   p.restart_h = checked("restart_h", restart_h, {R});
   p.restart_c = checked("restart_c", restart_c, {H});
   p.mask = checked("mask", mask, {T, B});
-  p.recurrent_mask = checked("recurrent_mask", recurrent_mask, {B, H});
-  p.keep_h = checked("keep_h", keep_h, {T, B, H});
+  p.recurrent_mask = checked("recurrent_mask", recurrent_mask, {B, R});
+  p.keep_h = checked("keep_h", keep_h, {T, B, R});
   p.keep_c = checked("keep_c", keep_c, {T, B, H});
   p.peephole = checked("peephole", peephole, {GH - H});
   p.grad_cells = checked("grad_cells", grad_cells, {T, B, H});
+  p.gain_ih = checked("gain_ih", gain_ih, {GH});
+  p.gain_hh = checked("gain_hh", gain_hh, {GH});
+  p.gain_c = checked("gain_c", gain_c, {H});
+  p.shift_c = checked("shift_c", shift_c, {H});
 
   if (w_hr) {
     p.P = static_cast<std::size_t>(R);
@@ -118,6 +124,12 @@ py::dict run(const std::string& cell, const Array& x, const Array& h0,
     out["grad_restart_c"] = to_array(result.grad_restart_c, {H});
   }
   if (w_hr) out["grad_w_hr"] = to_array(result.grad_w_hr, {R, H});
+  if (gain_ih) {
+    out["grad_gain_ih"] = to_array(result.grad_gain_ih, {GH});
+    out["grad_gain_hh"] = to_array(result.grad_gain_hh, {GH});
+    out["grad_gain_c"] = to_array(result.grad_gain_c, {H});
+    out["grad_shift_c"] = to_array(result.grad_shift_c, {H});
+  }
   return out;
 }
 
@@ -135,5 +147,7 @@ PYBIND11_MODULE(_reference, m) {
         py::arg("keep_h").noconvert() = py::none(), py::arg("keep_c").noconvert() = py::none(),
         py::arg("peephole").noconvert() = py::none(),
         py::arg("grad_cells").noconvert() = py::none(), py::arg("w_hr").noconvert() = py::none(),
+        py::arg("gain_ih").noconvert() = py::none(), py::arg("gain_hh").noconvert() = py::none(),
+        py::arg("gain_c").noconvert() = py::none(), py::arg("shift_c").noconvert() = py::none(),
         "Outputs, last state and all gradients of one layer as a dict; None stands for zeros.");
 }

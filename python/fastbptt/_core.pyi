@@ -47,10 +47,11 @@ class Stack:
     """The recurrent layers of one module, over parameter arrays that belong to the caller.
 
     `weights` holds for each layer, and in it each direction, `weight_ih`, `weight_hh`, `bias_ih`,
-    `bias_hh`, `weight_hr`, `h0`, `c0` and `weight_peephole`, `None` for what it does not have,
-    C-contiguous and of `dtype`; they are kept by reference. `options` may have `bidirectional`,
-    `dropout`, `peephole`, `recurrent_dropout`, `zoneout_h`, `zoneout_c`, `proj_size` and
-    `narrow_tape`.
+    `bias_hh`, `weight_hr`, `h0`, `c0`, `weight_peephole`, `weight_ln_ih`, `weight_ln_hh`,
+    `weight_ln_c` and `bias_ln_c`, `None` for what it does not have, C-contiguous and of `dtype`;
+    they are kept by reference. `options` may have `bidirectional`, `dropout`, `peephole`,
+    `layer_norm`, `recurrent_dropout`, `zoneout_h`, `zoneout_c`, `proj_size`
+    and `narrow_tape`.
 
     `batch` has what is known of a batch beside x: `lengths`, int64 `[B]`, and `seed`, of the
     dropout.

@@ -417,7 +417,8 @@ def _of_layer(state: Any, number: int) -> Any:
 
 def _check_layer(layer: Recurrent[Any]) -> None:
     """Refuse what the formulas of `gate_gradients` do not know."""
-    for option in ("bidirectional", "recurrent_dropout", "zoneout", "peephole", "coupled"):
+    options = ("bidirectional", "recurrent_dropout", "zoneout", "peephole", "coupled", "layer_norm")
+    for option in options:
         if getattr(layer, option, False):
             raise ValueError(
                 f"model: got {layer!r}, but the flow is that of the cells alone, in one direction; "

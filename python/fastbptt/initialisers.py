@@ -251,6 +251,30 @@ def chrono(
                 gates[0] = -bias
 
 
+def layer_norm(weights: Mapping[str, Array]) -> None:
+    """Set what layer normalisation starts from: gains of one, and all biases zero (Ba et al. 2016).
+
+    Parameters
+    ----------
+    weights : mapping of str to ndarray
+        The parameters of layers, `weight_ln_ih_l0`, `bias_ih_l0` and so on; written.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastbptt import initialisers
+    >>> weights = {"weight_ln_ih_l0": np.zeros(2), "bias_ih_l0": np.ones(2)}
+    >>> initialisers.layer_norm(weights)
+    >>> weights["weight_ln_ih_l0"].tolist(), weights["bias_ih_l0"].tolist()
+    ([1.0, 1.0], [0.0, 0.0])
+    """
+    for name, weight in weights.items():
+        if name.startswith("weight_ln"):
+            weight.fill(1.0)
+        elif name.startswith("bias"):
+            weight.fill(0.0)
+
+
 LAYERS: dict[str, Callable[[Mapping[str, Array], int, np.random.Generator], None]] = {
     "uniform": uniform_layers,
     "orthogonal": orthogonal_layers,

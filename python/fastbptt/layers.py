@@ -37,6 +37,10 @@ _KINDS = (
     "h0",
     "c0",
     "weight_peephole",
+    "weight_ln_ih",
+    "weight_ln_hh",
+    "weight_ln_c",
+    "bias_ln_c",
 )
 
 
@@ -71,6 +75,7 @@ class Recurrent(Part, Generic[StateT]):
     recurrent_dropout: float
     zoneout: float | tuple[float, float]
     peephole: bool = False
+    layer_norm: bool = False
     tape: str | None = None
     _gates: int
     _keep_gate = 1  # the place of the gate that holds the old state, where there is one
@@ -95,6 +100,7 @@ class Recurrent(Part, Generic[StateT]):
         recurrent_dropout: float = 0.0,
         zoneout: float | tuple[float, float] = 0.0,
         proj_size: int = 0,
+        layer_norm: bool = False,
     ) -> None:
         self.input_size = as_size("input_size", input_size)
         self.hidden_size = as_size("hidden_size", hidden_size)
@@ -112,6 +118,7 @@ class Recurrent(Part, Generic[StateT]):
         self.learn_initial_state = as_bool("learn_initial_state", learn_initial_state)
         self.recurrent_dropout = as_probability("recurrent_dropout", recurrent_dropout)
         self.zoneout = self._as_zoneout(zoneout)
+        self.layer_norm = as_bool("layer_norm", layer_norm)
         for name in ("recurrent_dropout", "zoneout"):
             self._check_alone(name, getattr(self, name))
         L, I, H, D = self.num_layers, self.input_size, self.hidden_size, self.directions  # noqa: E741
@@ -148,6 +155,8 @@ class Recurrent(Part, Generic[StateT]):
         if value != "bfloat16" or own == "float64":
             wanted = "'float64'" if own == "float64" else f"{own!r} or 'bfloat16'"
             raise ValueError(f"tape: got {value!r} for a layer of {own}, wanted {wanted}")
+        if self.layer_norm:
+            raise ValueError(f"tape: got {value!r} beside layer_norm=True, wanted one of them")
         return value
 
     def _other_tape(self) -> str | None:
@@ -191,6 +200,8 @@ class Recurrent(Part, Generic[StateT]):
             weight.fill(0.0)
         drawn = {n: w for n, w in self._weights.items() if n not in learned}
         initialisers.LAYERS[init](drawn, self.hidden_size, rng)
+        if self.layer_norm:
+            initialisers.layer_norm(self._weights)
         if "forget_bias" in given:
             initialisers.forget_bias(
                 self._weights, self.hidden_size, given["forget_bias"], self._keep_gate
@@ -267,6 +278,13 @@ class Recurrent(Part, Generic[StateT]):
                     yield f"c0{suffix}", (H,)
             if self.peephole:
                 yield f"weight_peephole{suffix}", (rows - H,)
+            if self.layer_norm:
+                yield f"weight_ln_ih{suffix}", (rows,)
+                yield f"weight_ln_hh{suffix}", (rows,)
+            if self.layer_norm and self._has_cells:
+                yield f"weight_ln_c{suffix}", (H,)
+                if self.bias:
+                    yield f"bias_ln_c{suffix}", (H,)
 
     def _cell(self) -> str:
         raise NotImplementedError
@@ -291,6 +309,7 @@ class Recurrent(Part, Generic[StateT]):
             "bidirectional": self.bidirectional,
             "dropout": self.dropout,
             "peephole": self.peephole,
+            "layer_norm": self.layer_norm,
             "recurrent_dropout": self.recurrent_dropout,
             "zoneout_h": pair[0],
             "zoneout_c": pair[1] if self._has_cells else 0.0,
@@ -682,6 +701,8 @@ class Recurrent(Part, Generic[StateT]):
             shown.append(f"recurrent_dropout={self.recurrent_dropout}")
         if self.zoneout:
             shown.append(f"zoneout={self.zoneout}")
+        if self.layer_norm:
+            shown.append("layer_norm=True")
         if self.dtype != np.float32:
             shown.append(f"dtype={self.dtype.name!r}")
         if self._other_tape():
@@ -860,6 +881,15 @@ class LSTM(Recurrent[tuple[Array, Array]]):
         coupled. In zoneout c_t is the one that is computed.
     coupled : bool
         Whether `i = 1 - f`, so that the gates are f, g, o (CIFG in Greff et al. 2017).
+    layer_norm : bool
+        Whether both products, and the c_t inside the tanh, are normalised (Ba et al. 2016):
+        `a = g_ih*N(W_ih x_t) + b_ih`, `u = g_hh*N(W_hh h_{t-1}) + b_hh`,
+        `h_t = o*tanh(g_c*N(c_t) + b_c)`, with `N(v) = (v - mean(v)) / sqrt(var(v) + 1e-5)` over all
+        gates, or cells, of a row and the variance of a population. There are `weight_ln_ih_l0` and
+        `weight_ln_hh_l0` `[4H]`, `weight_ln_c_l0` `[H]`, all ones at first, and `bias_ln_c_l0`
+        `[H]` if there are biases, which all start at zero. In zoneout c_t is the one that is
+        computed. A tape has 9H + 4 values a step and row, 7H + 4 if coupled, in the place of 5H
+        and 4H, and cannot be in bfloat16.
     tape : {"float32", "bfloat16"}, optional
         The dtype of what training keeps of each step beside x and y, by default that of the layer.
         In bfloat16, of float32 layers only, it takes half of the memory: the results stay the same
@@ -921,6 +951,7 @@ class LSTM(Recurrent[tuple[Array, Array]]):
         zoneout: float | tuple[float, float] = 0.0,
         peephole: bool = False,
         coupled: bool = False,
+        layer_norm: bool = False,
         tape: str | None = None,
         seed: Any = None,
         init: str = "uniform",
@@ -942,6 +973,7 @@ class LSTM(Recurrent[tuple[Array, Array]]):
             zoneout=zoneout,
             peephole=peephole,
             coupled=coupled,
+            layer_norm=layer_norm,
             tape=tape,
         )
         self._initialise(init, seed, forget_bias=forget_bias, chrono=chrono)
@@ -963,8 +995,9 @@ class LSTM(Recurrent[tuple[Array, Array]]):
             self._check_alone(name, getattr(self, name))
 
     def _settings(self) -> dict[str, Any]:
-        own = {"proj_size": self.proj_size, "peephole": self.peephole, "coupled": self.coupled}
-        return {**super()._settings(), **own, "tape": self._other_tape()}
+        own = ("proj_size", "peephole", "coupled", "layer_norm")
+        settings = {**super()._settings(), **{name: getattr(self, name) for name in own}}
+        return {**settings, "tape": self._other_tape()}
 
     def _cell(self) -> str:
         return "lstm_coupled" if self.coupled else "lstm"
@@ -1025,6 +1058,14 @@ class GRU(Recurrent[Array]):
         The probability k that a unit keeps its value for a step of training:
         `h_t = d * h_{t-1} + (1 - d) * h~_t`, d one with probability k and else zero, h~ what the
         layer computes (Krueger et al. 2017). Without training d is k, the expectation.
+    layer_norm : bool
+        Whether both products are normalised (Ba et al. 2016): `a = g_ih*N(W_ih x_t) + b_ih`,
+        `u = g_hh*N(W_hh h_{t-1}) + b_hh`, with `N(v) = (v - mean(v)) / sqrt(var(v) + 1e-5)`, the
+        variance that of a population. As in the paper a row's 2H values of r and z are normalised
+        together and the H of n by themselves (some libraries take all 3H together). There are
+        `weight_ln_ih_l0` and `weight_ln_hh_l0` `[3H]`, ones at first; biases start at zero. It goes
+        with `reset_after=True` alone, for which the paper states it. A tape has 6H + 4 values a
+        step and row in the place of 4H, and cannot be in bfloat16.
     tape : {"float32", "bfloat16"}, optional
         The dtype of what training keeps of each step beside x and y, by default that of the layer.
         In bfloat16, of float32 layers only, it takes half of the memory: the results stay the same
@@ -1041,7 +1082,7 @@ class GRU(Recurrent[Array]):
     ------
     ValueError
         A size is not positive, sizes overflow, a choice is unknown, a probability is out of range,
-        or `chrono` has no bias to set.
+        `chrono` has no bias to set, or `layer_norm` comes with `reset_after=False`.
     TypeError
         A size is no integer, or a switch no bool.
     MemoryError
@@ -1078,6 +1119,7 @@ class GRU(Recurrent[Array]):
         learn_initial_state: bool = False,
         recurrent_dropout: float = 0.0,
         zoneout: float = 0.0,
+        layer_norm: bool = False,
         tape: str | None = None,
         seed: Any = None,
         init: str = "uniform",
@@ -1096,6 +1138,7 @@ class GRU(Recurrent[Array]):
             learn_initial_state=learn_initial_state,
             recurrent_dropout=recurrent_dropout,
             zoneout=zoneout,
+            layer_norm=layer_norm,
             tape=tape,
         )
         self._initialise(init, seed, chrono=chrono)
@@ -1104,10 +1147,12 @@ class GRU(Recurrent[Array]):
         self.reset_after = as_bool("reset_after", reset_after)
         self._set_sizes(**settings)
         self.tape = self._as_tape(tape)
+        if self.layer_norm and not self.reset_after:
+            raise ValueError("layer_norm: got True beside reset_after=False, wanted one of them")
 
     def _settings(self) -> dict[str, Any]:
-        own = {"reset_after": self.reset_after, "tape": self._other_tape()}
-        return {**super()._settings(), **own}
+        own = {"reset_after": self.reset_after, "layer_norm": self.layer_norm}
+        return {**super()._settings(), **own, "tape": self._other_tape()}
 
     def _cell(self) -> str:
         return "gru" if self.reset_after else "gru_reset_before"

@@ -132,8 +132,19 @@ struct WeightArrays {
   std::vector<Array<S>> arrays;
   WeightArrays() = default;
   WeightArrays(const StackShape& s, bool bias, Index offset) {
-    const bool there[weights_a_layer] = {
-        true, true, bias, bias, s.proj_size > 0, false, false, s.options.peephole};
+    const bool norm = s.options.layer_norm, cells = has_cell_state(s.cell);
+    const bool there[weights_a_layer] = {true,
+                                         true,
+                                         bias,
+                                         bias,
+                                         s.proj_size > 0,
+                                         false,
+                                         false,
+                                         s.options.peephole,
+                                         norm,
+                                         norm,
+                                         norm && cells,
+                                         norm && cells && bias};
     for (Index l = 0; l < s.num_layers; ++l) {
       for (int i = 0; i < weights_a_layer; ++i) {
         const auto [rows, columns] = weight_shape(s.layer(l), i);

@@ -67,6 +67,12 @@ Options draw_options(Random& random) {
   if (o.shape.cell == Cell::lstm && o.shape.hidden_size > 1 && random.chance(0.4)) {
     o.shape.proj_size = random.between(1, o.shape.hidden_size - 1);
   }
+  // Two normalised values depend on nothing but their order, and the product with one input on its
+  // sign, up to a part that rounding hides.
+  if (std::min(o.shape.input_size, o.shape.hidden_size) > 4 &&
+      (has_cell_state(o.shape.cell) || o.shape.cell == Cell::gru)) {
+    o.shape.options.layer_norm = random.chance(0.3);
+  }
   const auto layout = [&] { return static_cast<Layout>(random.between(0, 3)); };
   o.bias = random.chance(0.8);
   o.initial = random.chance(0.7);
@@ -111,14 +117,15 @@ std::string text_of(const Options& o, const char* type) {
       text, sizeof text,
       "%s %s T=%td B=%td I=%td H=%td P=%td L=%td bias=%d initial=%d grad_y=%d grad_final=%d "
       "grad_x=%d threads=%d layouts x=%d y=%d dy=%d dx=%d offset=%td resets=%d mask=%d "
-      "recurrent_dropout=%g zoneout=%g,%g peephole=%d narrow_tape=%d seeded=%d cells=%d,%d "
+      "recurrent_dropout=%g zoneout=%g,%g peephole=%d layer_norm=%d narrow_tape=%d seeded=%d "
+      "cells=%d,%d "
       "begin=%td",
       name_of(o.shape.cell), type, o.T, o.B, o.shape.input_size, o.shape.hidden_size,
       o.shape.proj_size, o.shape.num_layers, o.bias, o.initial, o.grad_y, o.grad_final, o.grad_x,
       o.threads, int(o.x), int(o.y), int(o.dy), int(o.dx), o.offset, o.resets, o.mask,
       o.shape.options.recurrent_dropout, o.shape.options.zoneout_h, o.shape.options.zoneout_c,
-      o.shape.options.peephole, o.shape.options.narrow_tape, o.seeded, o.cells, o.grad_cells,
-      o.begin);
+      o.shape.options.peephole, o.shape.options.layer_norm, o.shape.options.narrow_tape, o.seeded,
+      o.cells, o.grad_cells, o.begin);
   return text;
 }
 
@@ -193,7 +200,10 @@ class StackProblem {
 
   void check(Verdict& verdict, bool interrupt) {
     const Index L = o_.shape.num_layers, H = o_.shape.hidden_size;
-    const double allowed = tolerance<S>(L * (o_.shape.input_size + H) + o_.T * o_.B);
+    // A normalised value and its gradient are what is left of larger ones, a unit as wide as
+    // theirs.
+    const double allowed = (o_.shape.options.layer_norm ? 4 : 1) *
+                           tolerance<S>(L * (o_.shape.input_size + H) + o_.T * o_.B);
     const Expected want = expected();
     const auto weights = weights_.template views<const S>();
     const SequenceArray<S> y(o_.y, o_.T, o_.B, o_.shape.output_size(), o_.offset);
@@ -264,7 +274,8 @@ class StackProblem {
     if (grad_initial.c.data()) {
       verdict.close("grad_c", grad_initial.c.doubles(), want.grad_c, near);
     }
-    const char* const kinds[] = {"w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "h0", "c0", "peephole"};
+    const char* const kinds[] = {"w_ih", "w_hh",     "b_ih",    "b_hh",    "w_hr",   "h0",
+                                 "c0",   "peephole", "gain_ih", "gain_hh", "gain_c", "shift_c"};
     for (std::size_t i = 0; i < grads.arrays.size(); ++i) {
       if (!grads.arrays[i].data()) continue;
       Vector sum = want.grads[i];
@@ -345,6 +356,8 @@ class StackProblem {
     p.w_ih = keep(w[0].doubles()), p.w_hh = keep(w[1].doubles());
     p.b_ih = keep(w[2].doubles()), p.b_hh = keep(w[3].doubles());
     p.peephole = keep(w[7].doubles());
+    p.gain_ih = keep(w[8].doubles()), p.gain_hh = keep(w[9].doubles());
+    p.gain_c = keep(w[10].doubles()), p.shift_c = keep(w[11].doubles());
     p.P = o_.shape.proj_size, p.w_hr = keep(w[4].doubles());
     p.resets = resets_.data();
     p.mask = mask_.data();
@@ -402,8 +415,9 @@ class StackProblem {
       append(want.c, r.c);
       append(want.grad_h, r.grad_h0);
       append(want.grad_c, r.grad_c0);
-      for (const Vector* grad : {&r.grad_w_ih, &r.grad_w_hh, &r.grad_b_ih, &r.grad_b_hh,
-                                 &r.grad_w_hr, &none, &none, &r.grad_peephole}) {
+      for (const Vector* grad :
+           {&r.grad_w_ih, &r.grad_w_hh, &r.grad_b_ih, &r.grad_b_hh, &r.grad_w_hr, &none, &none,
+            &r.grad_peephole, &r.grad_gain_ih, &r.grad_gain_hh, &r.grad_gain_c, &r.grad_shift_c}) {
         want.grads.push_back(*grad);
       }
     }
@@ -436,7 +450,8 @@ class StackProblem {
 template <class S>
 void check_stack(Random& random, Verdict& verdict, std::string& text) {
   Options options = draw_options(random);
-  options.shape.options.narrow_tape = std::is_same_v<S, float> && random.chance(0.2);
+  options.shape.options.narrow_tape =
+      std::is_same_v<S, float> && !options.shape.options.layer_norm && random.chance(0.2);
   text = text_of(options, sizeof(S) == 4 ? "float32" : "float64");
   set_num_threads(options.threads);
   StackProblem<S>(random, options).check(verdict, random.chance(0.1));

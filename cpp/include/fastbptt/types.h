@@ -53,6 +53,9 @@ constexpr bool has_cell_state(Cell cell) {
   return cell == Cell::lstm || cell == Cell::lstm_coupled;
 }
 
+// Numbers that layer normalisation keeps a step and row beside those of the units.
+constexpr Index norm_statistics = 4;
+
 // Peepholes that a cell may have: i,f,o; f,o.
 constexpr Index peepholes(Cell cell) {
   return cell == Cell::lstm ? 3 : cell == Cell::lstm_coupled ? 2 : 0;
@@ -67,6 +70,7 @@ struct LayerOptions {
   bool resets = false;           // whether a run may have them
   bool mask = false;
   bool narrow_tape = false;  // the tape is kept in bfloat16; of float32 layers only
+  bool layer_norm = false;   // LSTM and GRU that resets after
 };
 
 struct LayerShape {
@@ -77,6 +81,12 @@ struct LayerShape {
   LayerOptions options{};
   // Values of h, and of y, a step and row.
   constexpr Index output_size() const { return proj_size > 0 ? proj_size : hidden_size; }
+  // Values that a tape keeps a step and row. With layer normalisation they are the two normalised
+  // products, c, and the statistics.
+  constexpr Index tape_size() const {
+    if (!options.layer_norm) return tape_width(cell) * hidden_size;
+    return (2 * gates(cell) + has_cell_state(cell)) * hidden_size + norm_statistics;
+  }
 };
 
 // A sequence [T, B, F] whose last axis is contiguous: element (t, b, f) is data[t*step + b*row +
@@ -103,7 +113,8 @@ struct State {
 // Of one layer in one direction, in PyTorch's layout: w_ih [G*H, I], w_hh [G*H, H], biases [G*H] or
 // null, the learned initial state h0, c0 [H] or null, and the peepholes [P*H] or null, those of i,
 // f, o or, with coupled gates, f, o. With a projection w_hh is [G*H, P], h0 [P] and w_hr [P, H],
-// else null.
+// else null. With layer normalisation the gains [G*H] of both products and, with cells, gain and
+// shift [H] of c, the shift null without biases; else null.
 template <class S>
 struct Weights {
   S* w_ih = nullptr;
@@ -114,14 +125,19 @@ struct Weights {
   S* h0 = nullptr;
   S* c0 = nullptr;
   S* peephole = nullptr;
+  S* gain_ih = nullptr;
+  S* gain_hh = nullptr;
+  S* gain_c = nullptr;
+  S* shift_c = nullptr;
 };
 
 // The same as a list, for those who treat them all alike.
-constexpr int weights_a_layer = 8;
+constexpr int weights_a_layer = 12;
 template <class S>
 constexpr S* Weights<S>::* weight_member[weights_a_layer] = {
-    &Weights<S>::w_ih, &Weights<S>::w_hh, &Weights<S>::b_ih, &Weights<S>::b_hh,
-    &Weights<S>::w_hr, &Weights<S>::h0,   &Weights<S>::c0,   &Weights<S>::peephole};
+    &Weights<S>::w_ih,    &Weights<S>::w_hh,    &Weights<S>::b_ih,   &Weights<S>::b_hh,
+    &Weights<S>::w_hr,    &Weights<S>::h0,      &Weights<S>::c0,     &Weights<S>::peephole,
+    &Weights<S>::gain_ih, &Weights<S>::gain_hh, &Weights<S>::gain_c, &Weights<S>::shift_c};
 
 // Of one in that list; columns 0: a vector, rows 0: this layer has none.
 struct WeightShape {
@@ -143,6 +159,9 @@ constexpr WeightShape weight_shape(const LayerShape& s, int which) {
       return {s.hidden_size, 0};
     case 7:
       return {peepholes(s.cell) * s.hidden_size, 0};
+    case 10:
+    case 11:
+      return {s.hidden_size, 0};
     default:
       return {rows, 0};
   }

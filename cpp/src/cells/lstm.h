@@ -27,6 +27,12 @@ FASTBPTT_INLINE Packet<S> peep_back(const ReverseUnit<S>& u, Index gate, const P
   return pmadd(load(u.peephole.at(gate), u.n), grad_sum, grad_c);
 }
 
+// The gates of a packet of units, and the c that they make.
+template <class S>
+struct LstmGates {
+  Packet<S> i, f, g, o, c;
+};
+
 // Panel: the packets i, f, g, o of the same hidden units. Tape: i, f, g, o, c.
 template <class S>
 struct LstmCell {
@@ -39,27 +45,35 @@ struct LstmCell {
   static constexpr int gate[] = {0, 1, 2, 3};
   static constexpr int tape = 5;
 
-  template <bool peepholes = false>
-  static FASTBPTT_INLINE void forward(const S* sums, const ForwardUnit<S>& u) {
+  // The gates and c, from the sums and c'.
+  template <bool peepholes>
+  static FASTBPTT_INLINE LstmGates<S> gates(const S* sums, const Packet<S>& before,
+                                            const Peephole<const S>& peephole, Index n) {
     constexpr Index p = lanes<S>;
     Packet<S> s_i = load(sums), s_f = load(sums + p), s_o = load(sums + 3 * p);
-    const Packet<S> before = load(u.c, u.n);
     if constexpr (peepholes) {
-      s_i = peep(u.peephole, 0, before, s_i, u.n);
-      s_f = peep(u.peephole, 1, before, s_f, u.n);
+      s_i = peep(peephole, 0, before, s_i, n);
+      s_f = peep(peephole, 1, before, s_f, n);
     }
-    const Packet<S> i = logistic<S>(s_i), f = logistic<S>(s_f), g = tanh_of(load(sums + 2 * p));
-    const Packet<S> c = pmadd(f, before, pmul(i, g));
-    if constexpr (peepholes) s_o = peep(u.peephole, 2, c, s_o, u.n);
-    const Packet<S> o = logistic<S>(s_o);
-    store(u.c, c, u.n);
-    store(u.h, pmul(o, tanh_of(c)), u.n);
+    LstmGates<S> a;
+    a.i = logistic<S>(s_i), a.f = logistic<S>(s_f), a.g = tanh_of(load(sums + 2 * p));
+    a.c = pmadd(a.f, before, pmul(a.i, a.g));
+    if constexpr (peepholes) s_o = peep(peephole, 2, a.c, s_o, n);
+    a.o = logistic<S>(s_o);
+    return a;
+  }
+
+  template <bool peepholes = false>
+  static FASTBPTT_INLINE void forward(const S* sums, const ForwardUnit<S>& u) {
+    const LstmGates<S> a = gates<peepholes>(sums, load(u.c, u.n), u.peephole, u.n);
+    store(u.c, a.c, u.n);
+    store(u.h, pmul(a.o, tanh_of(a.c)), u.n);
     if (!u.tape) return;
-    u.tape.keep_activation(0, i, u.n);
-    u.tape.keep_activation(1, f, u.n);
-    u.tape.keep_activation(2, g, u.n);
-    u.tape.keep_activation(3, o, u.n);
-    u.tape.keep(4, c, u.n);
+    u.tape.keep_activation(0, a.i, u.n);
+    u.tape.keep_activation(1, a.f, u.n);
+    u.tape.keep_activation(2, a.g, u.n);
+    u.tape.keep_activation(3, a.o, u.n);
+    u.tape.keep(4, a.c, u.n);
   }
 
   // c again, from the gates.
@@ -71,22 +85,31 @@ struct LstmCell {
 
   template <bool peepholes = false>
   static FASTBPTT_INLINE void backward(const Packet<S>& grad_h, const ReverseUnit<S>& u) {
-    constexpr Index p = lanes<S>;
     const Packet<S> i = u.tape.activation(0, u.n), f = u.tape.activation(1, u.n),
                     g = u.tape.activation(2, u.n), o = u.tape.activation(3, u.n);
     const Packet<S> value = u.c.value(u.n), before = u.c_before.value(u.n);
     const Packet<S> t = tanh_of(value);
     const Packet<S> through_o = pmul(grad_h, o);
     const Packet<S> s_o = pmul(pmul(through_o, t), one_minus<S>(o));
-    Packet<S> c = pmadd(through_o, one_minus<S>(pmul(t, t)), load(u.carry_c, u.n));
-    if constexpr (peepholes) c = peep_back(u, 2, s_o, value, c);
-    const Packet<S> s_i = pmul(pmul(c, g), pmul(i, one_minus<S>(i)));
-    const Packet<S> s_f = pmul(pmul(c, before), pmul(f, one_minus<S>(f)));
+    const Packet<S> c = pmadd(through_o, one_minus<S>(pmul(t, t)), load(u.carry_c, u.n));
+    gates_back<peepholes>({i, f, g, o, value}, before, c, s_o, u);
+  }
+
+  // From the gradients of c, so far, and of the sum of o.
+  template <bool peepholes>
+  static FASTBPTT_INLINE void gates_back(const LstmGates<S>& a, const Packet<S>& before,
+                                         const Packet<S>& grad_c, const Packet<S>& s_o,
+                                         const ReverseUnit<S>& u) {
+    constexpr Index p = lanes<S>;
+    Packet<S> c = grad_c;
+    if constexpr (peepholes) c = peep_back(u, 2, s_o, a.c, c);
+    const Packet<S> s_i = pmul(pmul(c, a.g), pmul(a.i, one_minus<S>(a.i)));
+    const Packet<S> s_f = pmul(pmul(c, before), pmul(a.f, one_minus<S>(a.f)));
     store(u.grads, s_i);
     store(u.grads + p, s_f);
-    store(u.grads + 2 * p, pmul(pmul(c, i), one_minus<S>(pmul(g, g))));
+    store(u.grads + 2 * p, pmul(pmul(c, a.i), one_minus<S>(pmul(a.g, a.g))));
     store(u.grads + 3 * p, s_o);
-    Packet<S> carry = pmul(c, f);
+    Packet<S> carry = pmul(c, a.f);
     if constexpr (peepholes) {
       carry = peep_back(u, 0, s_i, before, carry);
       carry = peep_back(u, 1, s_f, before, carry);
@@ -107,23 +130,30 @@ struct LstmCoupledCell {
   static constexpr int gate[] = {0, 1, 2};
   static constexpr int tape = 4;
 
-  template <bool peepholes = false>
-  static FASTBPTT_INLINE void forward(const S* sums, const ForwardUnit<S>& u) {
+  template <bool peepholes>
+  static FASTBPTT_INLINE LstmGates<S> gates(const S* sums, const Packet<S>& before,
+                                            const Peephole<const S>& peephole, Index n) {
     constexpr Index p = lanes<S>;
     Packet<S> s_f = load(sums), s_o = load(sums + 2 * p);
-    const Packet<S> before = load(u.c, u.n);
-    if constexpr (peepholes) s_f = peep(u.peephole, 0, before, s_f, u.n);
-    const Packet<S> f = logistic<S>(s_f), g = tanh_of(load(sums + p));
-    const Packet<S> c = pmadd(f, psub(before, g), g);
-    if constexpr (peepholes) s_o = peep(u.peephole, 1, c, s_o, u.n);
-    const Packet<S> o = logistic<S>(s_o);
-    store(u.c, c, u.n);
-    store(u.h, pmul(o, tanh_of(c)), u.n);
+    if constexpr (peepholes) s_f = peep(peephole, 0, before, s_f, n);
+    LstmGates<S> a;
+    a.f = logistic<S>(s_f), a.g = tanh_of(load(sums + p)), a.i = one_minus<S>(a.f);
+    a.c = pmadd(a.f, psub(before, a.g), a.g);
+    if constexpr (peepholes) s_o = peep(peephole, 1, a.c, s_o, n);
+    a.o = logistic<S>(s_o);
+    return a;
+  }
+
+  template <bool peepholes = false>
+  static FASTBPTT_INLINE void forward(const S* sums, const ForwardUnit<S>& u) {
+    const LstmGates<S> a = gates<peepholes>(sums, load(u.c, u.n), u.peephole, u.n);
+    store(u.c, a.c, u.n);
+    store(u.h, pmul(a.o, tanh_of(a.c)), u.n);
     if (!u.tape) return;
-    u.tape.keep_activation(0, f, u.n);
-    u.tape.keep_activation(1, g, u.n);
-    u.tape.keep_activation(2, o, u.n);
-    u.tape.keep(3, c, u.n);
+    u.tape.keep_activation(0, a.f, u.n);
+    u.tape.keep_activation(1, a.g, u.n);
+    u.tape.keep_activation(2, a.o, u.n);
+    u.tape.keep(3, a.c, u.n);
   }
 
   static FASTBPTT_INLINE Packet<S> cell(const ReverseUnit<S>& u) {
@@ -133,19 +163,27 @@ struct LstmCoupledCell {
 
   template <bool peepholes = false>
   static FASTBPTT_INLINE void backward(const Packet<S>& grad_h, const ReverseUnit<S>& u) {
-    constexpr Index p = lanes<S>;
     const Packet<S> f = u.tape.activation(0, u.n), g = u.tape.activation(1, u.n),
                     o = u.tape.activation(2, u.n);
     const Packet<S> value = u.c.value(u.n), before = u.c_before.value(u.n);
     const Packet<S> t = tanh_of(value);
     const Packet<S> through_o = pmul(grad_h, o);
     const Packet<S> s_o = pmul(pmul(through_o, t), one_minus<S>(o));
-    Packet<S> c = pmadd(through_o, one_minus<S>(pmul(t, t)), load(u.carry_c, u.n));
-    if constexpr (peepholes) c = peep_back(u, 1, s_o, value, c);
-    const Packet<S> through_f = pmul(c, f);
-    const Packet<S> s_f = pmul(pmul(through_f, psub(before, g)), one_minus<S>(f));
+    const Packet<S> c = pmadd(through_o, one_minus<S>(pmul(t, t)), load(u.carry_c, u.n));
+    gates_back<peepholes>({one_minus<S>(f), f, g, o, value}, before, c, s_o, u);
+  }
+
+  template <bool peepholes>
+  static FASTBPTT_INLINE void gates_back(const LstmGates<S>& a, const Packet<S>& before,
+                                         const Packet<S>& grad_c, const Packet<S>& s_o,
+                                         const ReverseUnit<S>& u) {
+    constexpr Index p = lanes<S>;
+    Packet<S> c = grad_c;
+    if constexpr (peepholes) c = peep_back(u, 1, s_o, a.c, c);
+    const Packet<S> through_f = pmul(c, a.f);
+    const Packet<S> s_f = pmul(pmul(through_f, psub(before, a.g)), one_minus<S>(a.f));
     store(u.grads, s_f);
-    store(u.grads + p, pmul(psub(c, through_f), one_minus<S>(pmul(g, g))));
+    store(u.grads + p, pmul(psub(c, through_f), one_minus<S>(pmul(a.g, a.g))));
     store(u.grads + 2 * p, s_o);
     Packet<S> carry = through_f;
     if constexpr (peepholes) carry = peep_back(u, 0, s_f, before, carry);

@@ -38,12 +38,8 @@ struct OptionedCell {
 
   static FASTBPTT_INLINE void forward(const S* sums, const ForwardUnit<S>& u,
                                       const OptionUnit<S>& o) {
+    if (o.missing) return carry_over(u, o);
     const Packet<S> h = load(u.h_before, u.n);
-    if (o.missing) {
-      store(u.h, h, u.n);
-      if constexpr (Cell::has_c) keep_cell(u, o, load(u.c, u.n));
-      return;
-    }
     if constexpr (Cell::has_c) {
       const Packet<S> c = load(u.c, u.n);
       if (u.peephole.data)
@@ -55,6 +51,18 @@ struct OptionedCell {
       Cell::forward(sums, u);
     }
     if (o.keep_h) store(u.h, mixed(o.keep_h, h, load(u.h, u.n), u.n), u.n);
+  }
+
+  // A step that is missing.
+  static FASTBPTT_INLINE void carry_over(const ForwardUnit<S>& u, const OptionUnit<S>& o) {
+    store(u.h, load(u.h_before, u.n), u.n);
+    if constexpr (Cell::has_c) keep_cell(u, o, load(u.c, u.n));
+  }
+  // Takes h~ and c~, while c' is still in its place.
+  static FASTBPTT_INLINE void keep(const ForwardUnit<S>& u, const OptionUnit<S>& o,
+                                   const Packet<S>& h, const Packet<S>& c) {
+    keep_cell(u, o, o.keep_c ? mixed(o.keep_c, load(u.c, u.n), c, u.n) : c);
+    store(u.h, o.keep_h ? mixed(o.keep_h, load(u.h_before, u.n), h, u.n) : h, u.n);
   }
 
   static FASTBPTT_INLINE void forward_gates(const S* sums, const ForwardUnit<S>& u, S* candidate,
@@ -77,16 +85,9 @@ struct OptionedCell {
   // Whatever the cell, carry_h is written: what goes past the cell, and its own.
   static FASTBPTT_INLINE void backward(const Packet<S>& grad_h, const ReverseUnit<S>& unit,
                                        const OptionUnit<S>& o) {
+    if (o.missing) return pass_back(grad_h, unit, o);
     ReverseUnit<S> u = unit;
-    if constexpr (Cell::has_c) {
-      if (o.grad_c_out) store(u.carry_c, padd(load(u.carry_c, u.n), load(o.grad_c_out, u.n)), u.n);
-    }
-    if (o.missing) {
-      for (Index q = 0; q < (Cell::wide ? 1 : Cell::packets); ++q) {
-        store(u.grads + q * p, constant<S>(0));
-      }
-      return store(u.carry_h, grad_h, u.n);
-    }
+    add_own_cell(u, o);
     const Packet<S> past_h = part(o.keep_h, grad_h, u.n), grad = psub(grad_h, past_h);
     if constexpr (Cell::has_c) {
       const Packet<S> past_c = part(o.keep_c, load(u.carry_c, u.n), u.n);
@@ -105,6 +106,16 @@ struct OptionedCell {
       Cell::backward(grad, u);
     }
     finish_carry(past_h, u, o);
+  }
+
+  // A step that is missing.
+  static FASTBPTT_INLINE void pass_back(const Packet<S>& grad_h, const ReverseUnit<S>& u,
+                                        const OptionUnit<S>& o) {
+    add_own_cell(u, o);
+    for (Index q = 0; q < (Cell::wide ? 1 : Cell::packets); ++q) {
+      store(u.grads + q * p, constant<S>(0));
+    }
+    store(u.carry_h, grad_h, u.n);
   }
 
   static FASTBPTT_INLINE void backward_candidate(const Packet<S>& grad_h, const ReverseUnit<S>& u,
@@ -127,6 +138,11 @@ struct OptionedCell {
   }
 
  private:
+  static FASTBPTT_INLINE void add_own_cell(const ReverseUnit<S>& u, const OptionUnit<S>& o) {
+    if constexpr (Cell::has_c) {
+      if (o.grad_c_out) store(u.carry_c, padd(load(u.carry_c, u.n), load(o.grad_c_out, u.n)), u.n);
+    }
+  }
   static FASTBPTT_INLINE Packet<S> part(const S* keep, const Packet<S>& grad, Index n) {
     return keep ? pmul(load(keep, n), grad) : constant<S>(0);
   }

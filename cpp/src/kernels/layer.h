@@ -2,6 +2,7 @@
 #pragma once
 #include "cells/gru.h"
 #include "cells/lstm.h"
+#include "cells/normalised.h"
 #include "cells/rnn.h"
 #include "kernels/layer_forward.h"
 #include "kernels/layer_reverse.h"
@@ -9,17 +10,23 @@
 namespace fastbptt {
 namespace FASTBPTT_ISA {
 
+template <class S, class Cell, class F>
+auto with_norm(const LayerShape& shape, F&& body) {
+  return shape.options.layer_norm ? body(NormalisedCell<S, Cell>{}) : body(Cell{});
+}
+
 template <class S, class F>
 auto with_cell(const LayerShape& shape, F&& body) {
   switch (shape.cell) {
     case Cell::rnn_relu:
       return body(RnnCell<S, true>{});
     case Cell::lstm:
-      return shape.proj_size > 0 ? body(LstmProjectedCell<S>{}) : body(LstmCell<S>{});
+      if (shape.proj_size > 0) return with_norm<S, LstmProjectedCell<S>>(shape, body);
+      return with_norm<S, LstmCell<S>>(shape, body);
     case Cell::lstm_coupled:
-      return body(LstmCoupledCell<S>{});
+      return with_norm<S, LstmCoupledCell<S>>(shape, body);
     case Cell::gru:
-      return body(GruCell<S>{});
+      return with_norm<S, GruCell<S>>(shape, body);
     case Cell::gru_reset_before:
       return body(GruResetBeforeCell<S>{});
     default:

@@ -4,6 +4,7 @@
 #pragma once
 #include "cells/optioned.h"
 #include "kernels/direct_product.h"
+#include "kernels/layer_norm.h"
 #include "kernels/micro_kernel.h"
 #include "kernels/panels.h"
 #include "kernels/second_product.h"
@@ -34,15 +35,15 @@ class ForwardLayer {
     const SecondProduct<S, Cell> second(s);
     const Index behind = batch * (second.input_row() + second.sums_row());
     const Index z = Cell::second == Second::candidate ? batch * s.hidden_size : 0;
-    return ahead + team * batch * width + behind + z + StepView<S>::scratch(s, batch);
+    return ahead + team * batch * width + behind + z + StepView<S>::scratch(s, batch) +
+           norm_scratch(s, batch, team);
   }
-  static Index packed(const LayerShape& s) {
-    return Panels<S, Cell>(s).size() + SecondProduct<S, Cell>(s).size();
-  }
+  static Index packed(const LayerShape& s) { return norm_offset(s) + norm_vectors(s); }
   static void pack(const LayerShape& s, const Weights<const S>& w, S* to) {
     const Panels<S, Cell> panels(s);
     panels.pack_forward(w, to);
     SecondProduct<S, Cell>(s).pack(w, to + panels.size());
+    if constexpr (normalised) NormVectors<S, Cell>(s).pack(w, to + norm_offset(s));
   }
 
   static void run(const ForwardJob<S>& job) { ForwardLayer(job).run(); }
@@ -52,21 +53,43 @@ class ForwardLayer {
       : job_(job),
         panels_(job.shape),
         second_(job.shape),
-        ahead_(job.packed && x_goes_ahead(panels_, job.batch)),
+        ahead_((job.packed || normalised) && x_goes_ahead(panels_, job.batch)),
         sums_of_x_(job.scratch),
         shared_sums_(sums_of_x_ + (ahead_ ? panels_.count() * job.steps * job.batch * width : 0)),
         sums_(shared_sums_ + job.team.rank * job.batch * width),
         second_sums_(shared_sums_ + job.team.size * job.batch * width),
         inputs_(second_sums_ + job.batch * second_.sums_row()),
         z_(inputs_ + job.batch * second_.input_row()),
+        view_scratch_(z_ + (Cell::second == Second::candidate ? job.batch * panels_.H : 0)),
+        norm_(view_scratch_ + StepView<S>::scratch(job.shape, job.batch)),
         optioned_(job.options.any() || job.weights.peephole),
-        view_(job.options, job.batch, panels_.H, job.team,
-              z_ + (Cell::second == Second::candidate ? job.batch * panels_.H : 0)) {}
+        view_(job.options, job.batch, panels_.H, job.team, view_scratch_) {}
+
+  // Layer normalisation: the vectors where nothing is packed, then the sums of the recurrent
+  // product [panels][B][width], then what each thread keeps of a row.
+  static constexpr bool normalised = is_normalised<Cell>;
+  static Index norm_offset(const LayerShape& s) {
+    return Panels<S, Cell>(s).size() + SecondProduct<S, Cell>(s).size();
+  }
+  static Index norm_vectors(const LayerShape& s) {
+    if constexpr (normalised) return NormVectors<S, Cell>(s).size();
+    return 0;
+  }
+  static Index norm_scratch(const LayerShape& s, Index batch, int team) {
+    if constexpr (normalised) {
+      return norm_vectors(s) + Panels<S, Cell>(s).count() * batch * width +
+             team * NormRows<S, Cell>::forward_spare(s);
+    }
+    return 0;
+  }
+  S* sums_of_h(Index j) const { return norm_ + norm_vectors(job_.shape) + j * job_.batch * width; }
 
   static constexpr Index few_rows = tile_rows(Cell::h_count);
   // With so few rows that each panel serves a single tile, or weights that do not stay in L2 from
   // step to step, the input product runs ahead over all steps, where a panel serves more rows.
+  // Normalised, it goes ahead always, even where nothing is packed.
   static bool x_goes_ahead(const Panels<S, Cell>& panels, Index batch) {
+    if (normalised) return true;
     const Index weights = panels.count() * panels.x_size() * Index(sizeof(S));
     return batch <= few_rows || weights > large_bytes;
   }
@@ -80,7 +103,13 @@ class ForwardLayer {
   void run() {
     const Team& team = job_.team;
     const Index begin = team.begin(panels_.count()), end = team.end(panels_.count());
-    for (Index j = begin; ahead_ && j < end; ++j) multiply_x_ahead(j);
+    for (Index j = begin; ahead_ && j < end; ++j) {
+      job_.packed ? multiply_x_ahead(j) : multiply_x_directly(j);
+    }
+    if constexpr (normalised) {
+      if (!job_.packed && team.rank == 0)
+        NormVectors<S, Cell>(job_.shape).pack(job_.weights, norm_);
+    }
     for (Index t = 0; t < job_.steps; ++t) {
       h_ = t == 0 ? Sequence<const S>{job_.state.h, 0, panels_.R}
                   : Sequence<const S>{job_.y.at(t - 1), 0, job_.y.row};
@@ -99,6 +128,10 @@ class ForwardLayer {
         }
       }
       team.wait();
+      if constexpr (normalised) {
+        for (Index b = team.begin(job_.batch); b < team.end(job_.batch); ++b) finish_row(t, b);
+        team.wait();
+      }
       if constexpr (Cell::second != Second::none) {
         const Index n = second_.count();
         for (Index j = team.begin(n); j < team.end(n); ++j) step_second(t, j);
@@ -119,11 +152,11 @@ class ForwardLayer {
     return sums_of_x_ + (j * job_.steps * job_.batch + row) * width;
   }
 
-  // Rows of sums start from the bias.
+  // Rows of sums start from the bias, but for those that are normalised before.
   void fill(S* sums, Index rows, Index j) const {
     const S* const bias = panels_.bias(job_.packed, j);
     for (Index q = 0; q < packets; ++q) {
-      const Packet<S> value = load(bias + q * p);
+      const Packet<S> value = normalised ? constant<S>(0) : load(bias + q * p);
       for (Index r = 0; r < rows; ++r) store(sums + r * width + q * p, value);
     }
   }
@@ -148,13 +181,25 @@ class ForwardLayer {
     }
   }
 
+  void multiply_x_directly(Index j) {
+    const Index I = panels_.I;
+    for (Index row = 0; row < job_.steps * job_.batch; ++row) {
+      for (Index q = Cell::x_first; q < Cell::x_first + Cell::x_count; ++q) {
+        const S* const w = job_.weights.w_ih + panels_.weight_row(j, q) * I;
+        const Packet<S> sum = dots(w, panels_.units(panels_.unit(j, q)),
+                                   job_.x.at(row / job_.batch, row % job_.batch), I);
+        store(ahead(j, row) + q * p, sum);
+      }
+    }
+  }
+
   void step_panel(Index t, Index j) {
     const Index B = job_.batch, I = panels_.I, K_h = panels_.R;
     const Index packets_of_tile = Cell::x_count;  // of x and h: the larger
     const Index x_step = panels_.packets(j, x_range<Cell>) * p;
     const Index h_step = panels_.packets(j, h_range<Cell>) * p;
-    S* const sums = ahead_ ? ahead(j, t * B) : sums_;
-    if (!ahead_) fill(sums, B, j);
+    S* const sums = normalised ? sums_of_h(j) : ahead_ ? ahead(j, t * B) : sums_;
+    if (!ahead_ || normalised) fill(sums, B, j);
     // Ranges of the inner dimension of so many steps.
     const Index most = columns_at_once();
     const bool whole = B <= few_rows || (ahead_ ? 0 : I) + K_h <= most + most / 2;
@@ -189,7 +234,7 @@ class ForwardLayer {
     for_row_tiles(B, packets_of_tile, [&](Index R, Index row) {
       if (whole && !ahead_) pass(R, row, x, x_range<Cell>, 0, I, x_panel);
       pass(R, row, h_, h_range<Cell>, begin, K_h, h_panel + begin * h_step);
-      for (Index r = row; r < row + R; ++r) finish(t, j, r, sums + r * width);
+      for (Index r = row; !normalised && r < row + R; ++r) finish(t, j, r, sums + r * width);
     });
   }
 
@@ -198,18 +243,44 @@ class ForwardLayer {
     const Index I = panels_.I, K = panels_.R;
     using P = Panels<S, Cell>;
     for (Index b = 0; b < job_.batch; ++b) {
-      S* const sums = sums_ + b * width;
+      S* const sums = (normalised ? sums_of_h(j) : sums_) + b * width;
       for (Index q = 0; q < panels_.packets(j); ++q) {
         const Index row = panels_.weight_row(j, q), n = panels_.units(panels_.unit(j, q));
         Packet<S> sum = constant<S>(0);
-        if (w.b_ih && P::takes_b_ih(q)) sum = load(w.b_ih + row, n);
-        if (w.b_hh && P::takes_b_hh(q)) sum = padd(sum, load(w.b_hh + row, n));
-        if (P::takes_x(q)) sum = padd(sum, dots(w.w_ih + row * I, n, job_.x.at(t, b), I));
+        if (!normalised) {
+          if (w.b_ih && P::takes_b_ih(q)) sum = load(w.b_ih + row, n);
+          if (w.b_hh && P::takes_b_hh(q)) sum = padd(sum, load(w.b_hh + row, n));
+          if (P::takes_x(q)) sum = padd(sum, dots(w.w_ih + row * I, n, job_.x.at(t, b), I));
+        }
         if (P::takes_h(q)) sum = padd(sum, dots(w.w_hh + row * K, n, h_.at(0, b), K));
         store(sums + q * p, sum);
       }
-      finish(t, j, b, sums);
+      if (!normalised) finish(t, j, b, sums);
     }
+  }
+
+  // The cells of a row whose products are all known.
+  __attribute__((noinline)) void finish_row(Index t, Index b) const {
+    using Rows = NormRows<S, Cell>;
+    const auto unit_of = [&](Index j) { return unit(t, b, j * p); };
+    const auto option_of = [&](Index j) {
+      return optioned_ ? view_.unit(t, b, j * p) : OptionUnit<S>{};
+    };
+    if (view_.missing(t, b)) return Rows::skip_forward(panels_, unit_of, option_of);
+    const NormForwardRow<S> row{
+        job_.packed ? job_.packed + norm_offset(job_.shape) : norm_,
+        ahead(0, t * job_.batch + b),
+        job_.steps * job_.batch * width,
+        sums_of_h(0) + b * width,
+        job_.batch * width,
+        job_.tape.wide.data ? job_.tape.wide.at(t, b) + Cell::tape * panels_.H : nullptr,
+        sums_of_h(panels_.count()) + job_.team.rank * Rows::forward_spare(job_.shape)};
+    if constexpr (Cell::has_c) {
+      if (job_.weights.peephole) {
+        return Rows::template forward<true>(panels_, row, unit_of, option_of);
+      }
+    }
+    Rows::template forward<false>(panels_, row, unit_of, option_of);
   }
 
   ForwardUnit<S> unit(Index t, Index b, Index first) const {
@@ -315,6 +386,8 @@ class ForwardLayer {
   S* const second_sums_;  // [B][sums_row], of the second product
   S* const inputs_;       // [B][input_row], what it takes
   S* const z_;            // what the gates leave for a candidate: [B][H]
+  S* const view_scratch_;
+  S* const norm_;
   const bool optioned_;
   StepView<S> view_;
   Sequence<const S> h_;       // h' of the step in work, as the products see it

@@ -21,15 +21,15 @@ class ReverseLayer {
   static constexpr Index width = Cell::packets * p;
 
  public:
-  // The weights: W_hh for the recurrent product, those of the second product, and W_ih for dx.
-  static Index packed(const LayerShape& s) {
-    return x_offset(s) + Panels<S, Cell>(s).reverse_size(s.input_size, x_range<Cell>);
-  }
+  // The weights: W_hh for the recurrent product, those of the second product, and W_ih for dx; and
+  // the vectors of layer normalisation.
+  static Index packed(const LayerShape& s) { return norm_offset(s) + norm_vectors(s); }
   static void pack(const LayerShape& s, const Weights<const S>& w, S* to) {
     const Panels<S, Cell> panels(s);
     panels.pack_reverse(w.w_hh, panels.R, h_range<Cell>, to);
     SecondProduct<S, Cell>(s).pack_reverse(w, to + second_offset(panels));
     panels.pack_reverse(w.w_ih, s.input_size, x_range<Cell>, to + x_offset(s));
+    if constexpr (normalised) NormVectors<S, Cell>(s).pack(w, to + norm_offset(s));
   }
 
   static Index scratch(const LayerShape& s, Index steps, Index batch, int team) {
@@ -39,16 +39,16 @@ class ReverseLayer {
     const SecondProduct<S, Cell> second(s);
     return kept(s) + panels.count() * rows * width + team * rows * 4 * p +
            rows * (second.sums_row() + second.input_row()) + (seen ? rows * s.hidden_size : 0) +
-           (s.options.mask ? rows * s.input_size : 0) + StepView<S>::scratch(s, batch);
+           (s.options.mask ? rows * s.input_size : 0) + StepView<S>::scratch(s, batch) +
+           norm_scratch(s, rows, batch, team);
   }
-  // The weight gradients and those of the peepholes, with the zeros between them.
-  static Index kept(const LayerShape& s) {
-    return zeros(s) + (1 + (s.options.peephole ? peepholes(s.cell) : 0)) * s.hidden_size;
-  }
+  // The weight gradients, zeros, and the gradients of the peepholes and of the vectors of layer
+  // normalisation.
+  static Index kept(const LayerShape& s) { return norm_gradient(s) + norm_vectors(s); }
   static Index zeros(const LayerShape& s) {
     return Panels<S, Cell>(s).size() + SecondProduct<S, Cell>(s).size();
   }
-  // The zeros behind the weight gradients, and the gradients of the peepholes.
+  // What is not written by the first run.
   static void begin(const LayerShape& s, S* scratch) {
     const Index n = kept(s);
     for (Index i = zeros(s); i < n; ++i) scratch[i] = S(0);
@@ -79,9 +79,33 @@ class ReverseLayer {
     for (Index i = 0; i < n; ++i) {
       grad.peephole[i] = (add ? grad.peephole[i] : S(0)) + peephole[i];
     }
+    if constexpr (normalised) {
+      NormVectors<S, Cell>(s).unpack(scratch + norm_gradient(s), add, grad);
+    }
   }
 
  private:
+  static constexpr bool normalised = is_normalised<Cell>;
+  static Index norm_vectors(const LayerShape& s) {
+    if constexpr (normalised) return NormVectors<S, Cell>(s).size();
+    return 0;
+  }
+  static Index norm_offset(const LayerShape& s) {
+    return x_offset(s) + Panels<S, Cell>(s).reverse_size(s.input_size, x_range<Cell>);
+  }
+  static Index norm_gradient(const LayerShape& s) {
+    return zeros(s) + (1 + (s.options.peephole ? peepholes(s.cell) : 0)) * s.hidden_size;
+  }
+  // The gradients of the two products [panels][steps * B][count * p], the shares of each row
+  // [panels][steps * B][shares * p], dL/dh of a step [B][panels * p], and what each thread keeps.
+  static Index norm_scratch(const LayerShape& s, Index rows, Index batch, int team) {
+    if constexpr (normalised) {
+      const Index panel = (Cell::x_count + Cell::h_count + NormRows<S, Cell>::shares(s)) * p;
+      return Panels<S, Cell>(s).count() * (rows * panel + batch * p) +
+             team * NormRows<S, Cell>::reverse_spare(s);
+    }
+    return 0;
+  }
   explicit ReverseLayer(const ReverseJob<S>& job)
       : job_(job),
         panels_(job.shape),
@@ -100,7 +124,10 @@ class ReverseLayer {
         options_(job.options),
         seen_(shared_sums_ + job.team.size * rows_ * 4 * p +
               StepView<S>::scratch(job.shape, job.batch)),
-        inputs_(seen_ + (sees_other_states() ? rows_ * panels_.H : 0)) {}
+        inputs_(seen_ + (sees_other_states() ? rows_ * panels_.H : 0)),
+        x_grads_(inputs_ + (options_.mask.data ? rows_ * panels_.I : 0)),
+        h_grads_(x_grads_ + panels_.count() * rows_ * Cell::x_count * p),
+        shares_(h_grads_ + panels_.count() * rows_ * Cell::h_count * p) {}
 
   // Whether what W_hh is multiplied by is not always y of the step before.
   bool sees_other_states() const { return options_.resets.data || options_.recurrent_mask; }
@@ -122,6 +149,7 @@ class ReverseLayer {
         second_step(t);
         team.wait();
       }
+      if constexpr (normalised) norm_step(t);
     }
     finish_state();
     if (optioned_ && job_.weights) prepare_weight_gradients();
@@ -157,11 +185,12 @@ class ReverseLayer {
       return packed + panel * 4 * p * ((panels - 1) * step + last);
     }
   };
-  // Packets of the range of the gate gradients.
+  // The gradients of the sums of a product: packets of the range of the gate gradients, or, where
+  // the product is normalised, its own.
   Factor gates(Range range) const {
-    const Index J = panels_.count();
-    return {grads_ + range.first * p, width, J, (Cell::wide ? 4 : range.count) * p,
-            panels_.packets(J - 1, range) * p};
+    const Index J = panels_.count(), step = (Cell::wide ? 4 : range.count) * p;
+    if (normalised) return {range.recurrent ? h_grads_ : x_grads_, step, J, step, step};
+    return {grads_ + range.first * p, width, J, step, panels_.packets(J - 1, range) * p};
   }
   Factor second_sums() const {
     const Index J = second_.count();
@@ -290,7 +319,9 @@ class ReverseLayer {
               // The step's own error comes last, as it does where time is cut before the step.
               Packet<S> grad_h = load(sums + (r * 4 + q) * p);
               if (grad_y) grad_h = padd(grad_h, load(grad_y + first, panels_.valid(K, first)));
-              if constexpr (Cell::second == Second::none) {
+              if constexpr (normalised && Cell::second == Second::none) {
+                store(norm_grad_h(b + r) + first, grad_h);
+              } else if constexpr (Cell::second == Second::none) {
                 Cell::backward(grad_h, unit(t, b + r, panel * 4 + q));
               } else if constexpr (Cell::second == Second::candidate) {
                 Cell::backward_candidate(grad_h, unit(t, b + r, panel * 4 + q),
@@ -316,20 +347,76 @@ class ReverseLayer {
       const Index first = (panel * 4 + q) * p;
       Packet<S> grad_h = load(sums + q * p);
       if (grad_y) grad_h = padd(grad_h, load(grad_y + first, u.n));
-      if constexpr (Cell::second == Second::candidate) {
+      if constexpr (normalised) {
+        store(norm_grad_h(b) + first, grad_h);
+        continue;
+      } else if constexpr (Cell::second == Second::candidate) {
         const Index row = t * job_.batch + b;
         Optioned::backward_candidate(grad_h, u, second_grads(panel, row) + q * p,
                                      second_input(row, first), view_.unit(t, b, first));
       } else {
         Optioned::backward(grad_h, u, view_.unit(t, b, first));
       }
-      if constexpr (Cell::has_c) {
-        if (view_.resets(t, b)) {
-          restart_gradient(options_.grad_restart.c, first, load(u.carry_c, u.n), u.n);
-          store(u.carry_c, constant<S>(0), u.n);
-        }
+      restart_cells(t, b, u, first);
+    }
+  }
+
+  // What has come back to c' goes to the learned state where the row begins anew.
+  void restart_cells(Index t, Index b, const ReverseUnit<S>& u, Index first) const {
+    if constexpr (Cell::has_c) {
+      if (!view_.resets(t, b)) return;
+      restart_gradient(options_.grad_restart.c, first, load(u.carry_c, u.n), u.n);
+      store(u.carry_c, constant<S>(0), u.n);
+    }
+  }
+
+  // dL/dh of a row of the step in work, whole packets.
+  S* norm_grad_h(Index b) const {
+    const Index J = panels_.count();
+    return shares_ + J * (rows_ * NormRows<S, Cell>::shares(job_.shape) + b) * p;
+  }
+
+  // The cells of a step with layer normalisation, row after row. What rows have in common comes
+  // behind them, panel after panel, so that the order of the sums is that of one thread.
+  void norm_step(Index t) {
+    const Team& team = job_.team;
+    const Index B = job_.batch;
+    for (Index b = team.begin(B); b < team.end(B); ++b) norm_row(t, b);
+    team.wait();
+    if (!Cell::has_c || !optioned_ || !view_.any_reset(t)) return;
+    for (Index j = team.begin(panels_.count()); j < team.end(panels_.count()); ++j) {
+      for (Index b = 0; b < B; ++b) restart_cells(t, b, unit(t, b, j), j * p);
+    }
+    team.wait();
+  }
+
+  __attribute__((noinline)) void norm_row(Index t, Index b) const {
+    using Rows = NormRows<S, Cell>;
+    const Index at = t * job_.batch + b, shares = Rows::shares(job_.shape);
+    const auto unit_of = [&](Index j) { return unit(t, b, j); };
+    const auto option_of = [&](Index j) {
+      return optioned_ ? view_.unit(t, b, j * p) : OptionUnit<S>{};
+    };
+    const NormReverseRow<S> row{
+        job_.packed + norm_offset(job_.shape),
+        norm_grad_h(b),
+        job_.tape.wide.at(t, b) + Cell::tape * panels_.H,
+        x_grads_ + at * Cell::x_count * p,
+        rows_ * Cell::x_count * p,
+        h_grads_ + at * Cell::h_count * p,
+        rows_ * Cell::h_count * p,
+        shares_ + at * shares * p,
+        rows_ * shares * p,
+        shares,
+        norm_grad_h(job_.batch) + job_.team.rank * Rows::reverse_spare(job_.shape),
+        Cell::second == Second::projection ? second_input(at, 0) : nullptr};
+    if (view_.missing(t, b)) return Rows::skip_backward(panels_, row, unit_of, option_of);
+    if constexpr (Cell::has_c) {
+      if (job_.peephole) {
+        return Rows::template backward<true>(panels_, row, optioned_, unit_of, option_of);
       }
     }
+    Rows::template backward<false>(panels_, row, optioned_, unit_of, option_of);
   }
 
   // dL/dh before step t of row b: the sums, as the product of its gate gradients left them, become
@@ -372,7 +459,9 @@ class ReverseLayer {
               const Packet<S> grad = load(sums + (r * 4 + q) * p);
               const ReverseUnit<S> u = unit(t, b + r, panel * 4 + q);
               const Index first = (panel * 4 + q) * p;
-              if constexpr (Cell::second == Second::projection) {
+              if constexpr (normalised) {
+                store(norm_grad_h(b + r) + first, grad);
+              } else if constexpr (Cell::second == Second::projection) {
                 Cell::backward(grad, u, second_input(t * job_.batch + b + r, first));
               } else if (optioned_) {
                 OptionedCell<S, Cell>::backward_gates(grad, u, view_.unit(t, b + r, first));
@@ -484,6 +573,17 @@ class ReverseLayer {
 
   void bias_gradient(Index j, Index begin, Index end) {
     S* const to = panels_.bias(job_.scratch, j);
+    if constexpr (normalised) {
+      S* const vectors = job_.scratch + norm_gradient(job_.shape);
+      const Index shares = NormRows<S, Cell>::shares(job_.shape);
+      return NormRows<S, Cell>::gather(
+          panels_.units(j * p), begin, end, grads(j, 0), shares_ + j * rows_ * shares * p, shares,
+          [&](Index row) {
+            return tape_unit(job_.tape, row / job_.batch, row % job_.batch, j * p * Cell::tape);
+          },
+          NormVectors<S, Cell>::gain_x(vectors, j), to, panels_.H,
+          job_.scratch + zeros(job_.shape) + panels_.H + j * p);
+    }
     for (Index q = 0; q < panels_.packets(j); ++q) {
       Packet<S> sum = load(to + q * p);
       for (Index row = end - 1; row >= begin; --row) sum = padd(sum, load(grads(j, row) + q * p));
@@ -493,7 +593,8 @@ class ReverseLayer {
 
   void outer(Range range, Index j, const Sequence<const S>& a, Index begin, Index end, Index shift,
              Index columns, S* to) {
-    outer(grads(j, 0) + range.first * p, width, panels_.packets(j, range), a, begin, end, shift,
+    const Factor factor = gates(range);
+    outer(factor.at(j, 0, rows_), factor.width, panels_.packets(j, range), a, begin, end, shift,
           columns, to);
   }
 
@@ -535,8 +636,11 @@ class ReverseLayer {
   const bool carries_h_;
   StepView<S> view_;
   const StepOptions<S>& options_;
-  S* const seen_;    // h' as the products saw it [steps * B][H]
-  S* const inputs_;  // x without what is missing [steps * B][I]
+  S* const seen_;     // h' as the products saw it [steps * B][H]
+  S* const inputs_;   // x without what is missing [steps * B][I]
+  S* const x_grads_;  // with layer normalisation, as norm_scratch says
+  S* const h_grads_;
+  S* const shares_;
 };
 
 }  // namespace FASTBPTT_ISA

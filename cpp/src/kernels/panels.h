@@ -21,17 +21,17 @@ namespace FASTBPTT_ISA {
 // L1 holds: what is read in order comes from L2 in time.
 constexpr Index panel_bytes = 48 * 1024;
 
-// A run of a panel's packets: those of the input product, of the recurrent product, or of a part of
-// it.
+// A run of a panel's packets: those of the input product, or of the recurrent product.
 struct Range {
   int first;
   int count;
+  bool recurrent = false;
 };
 
 template <class Cell>
 constexpr Range x_range{Cell::x_first, Cell::x_count};
 template <class Cell>
-constexpr Range h_range{Cell::h_first, Cell::h_count};
+constexpr Range h_range{Cell::h_first, Cell::h_count, true};
 constexpr Range all_packets{0, 4};
 
 // The part of a cell that Panels looks at, for a product that stands by itself: N outputs in panels

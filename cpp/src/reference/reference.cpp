@@ -66,8 +66,84 @@ Result begin(const Problem& p) {
     out.grad_restart_c.resize(p.H);
     out.grad_peephole.resize(static_cast<std::size_t>(gates(p.cell) - 1) * p.H);
   }
+  out.grad_gain_ih.resize(GH);
+  out.grad_gain_hh.resize(GH);
+  out.grad_gain_c.resize(p.H);
+  out.grad_shift_c.resize(p.H);
   return out;
 }
+
+// Layer normalisation (Ba, Kiros & Hinton 2016) of the values of a row, in groups that follow one
+// another, each by its own mean and variance:
+//
+//   v^ = (v - mean(v)) / sqrt(mean((v - mean(v))^2) + epsilon)       out = gain * v^
+//
+// With d^ = dL/dv^ = gain * dL/dout and s = 1 / sqrt(...):
+//
+//   dL/dv = s * (d^ - mean(d^) - v^ * mean(d^ * v^))
+//
+// Without gains v goes through as it is.
+class Norm {
+ public:
+  static constexpr double epsilon = 1e-5;
+
+  Norm(std::size_t rows, const double* gain, const std::vector<std::size_t>& groups)
+      : gain_(gain), groups_(groups), normal_(rows), scale_(rows) {}
+
+  Vector forward(std::size_t row, const Vector& v) {
+    if (gain_ == nullptr) return v;
+    Vector out(v.size());
+    normal_[row].resize(v.size());
+    for_groups([&](std::size_t begin, std::size_t n) {
+      double mean = 0.0, variance = 0.0;
+      for (std::size_t i = begin; i < begin + n; ++i) mean += v[i] / double(n);
+      for (std::size_t i = begin; i < begin + n; ++i)
+        variance += (v[i] - mean) * (v[i] - mean) / double(n);
+      const double scale = 1.0 / std::sqrt(variance + epsilon);
+      scale_[row].push_back(scale);
+      for (std::size_t i = begin; i < begin + n; ++i) {
+        normal_[row][i] = (v[i] - mean) * scale;
+        out[i] = gain_[i] * normal_[row][i];
+      }
+    });
+    return out;
+  }
+
+  Vector backward(std::size_t row, const Vector& grad_out, Vector& grad_gain) const {
+    if (gain_ == nullptr) return grad_out;
+    const Vector& normal = normal_[row];
+    Vector out(grad_out.size());
+    std::size_t group = 0;
+    for_groups([&](std::size_t begin, std::size_t n) {
+      double mean = 0.0, along = 0.0;
+      for (std::size_t i = begin; i < begin + n; ++i) {
+        const double d = gain_[i] * grad_out[i];
+        grad_gain[i] += grad_out[i] * normal[i];
+        mean += d / double(n);
+        along += d * normal[i] / double(n);
+      }
+      const double scale = scale_[row][group++];
+      for (std::size_t i = begin; i < begin + n; ++i) {
+        out[i] = scale * (gain_[i] * grad_out[i] - mean - normal[i] * along);
+      }
+    });
+    return out;
+  }
+
+ private:
+  template <class F>
+  void for_groups(F&& f) const {
+    std::size_t begin = 0;
+    for (const std::size_t n : groups_) {
+      f(begin, n);
+      begin += n;
+    }
+  }
+
+  const double* gain_;
+  std::vector<std::size_t> groups_;
+  std::vector<Vector> normal_, scale_;
+};
 
 // What the options do around a cell. With k_h and k_c of zoneout (Krueger et al. 2017), m of the
 // recurrent dropout (Gal & Ghahramani 2016), and h~, c~ from the cell:
@@ -79,12 +155,11 @@ Result begin(const Problem& p) {
 class Around {
  public:
   Around(const Problem& p, Result& out)
-      : h_prev(p.T * p.B * p.H),
-        c_prev(h_prev.size()),
+      : h_prev(p.T * p.B * p.R()),
+        c_prev(has_cell_state(p.cell) ? p.T * p.B * p.H : 0),
         seen(h_prev.size()),
         p_(p),
-        out_(out),
-        has_c_(has_cell_state(p.cell)) {}
+        out_(out) {}
 
   // Of every step, [T, B, H].
   Vector h_prev, c_prev, seen;
@@ -95,23 +170,29 @@ class Around {
   // Sets the three; whether there is a step for the cell to make.
   bool begin(std::size_t row) {
     const std::size_t b = row % p_.B;
-    for (std::size_t j = 0; j < p_.H; ++j) {
-      const std::size_t k = row * p_.H + j, s = b * p_.H + j;
+    for (std::size_t j = 0; j < p_.R(); ++j) {
+      const std::size_t k = row * p_.R() + j, s = b * p_.R() + j;
       h_prev[k] = reset(row) ? value(p_.restart_h, j) : out_.h[s];
-      if (has_c_) c_prev[k] = reset(row) ? value(p_.restart_c, j) : out_.c[s];
       seen[k] = p_.recurrent_mask != nullptr ? p_.recurrent_mask[s] * h_prev[k] : h_prev[k];
+      if (missing(row)) set_h(row, j, h_prev[k]);
     }
-    for (std::size_t j = 0; j < p_.H && missing(row); ++j) {
+    for (std::size_t j = 0; j < cells(); ++j) {
       const std::size_t k = row * p_.H + j;
-      set(row, j, h_prev[k], c_prev[k]);
+      c_prev[k] = reset(row) ? value(p_.restart_c, j) : out_.c[b * p_.H + j];
+      if (missing(row)) set_c(row, j, c_prev[k]);
     }
     return !missing(row);
   }
-  // Takes h~ and c~ of one unit.
-  void end(std::size_t row, std::size_t j, double h, double c = 0.0) {
+  // Take h~ and c~ of one unit.
+  void end_h(std::size_t row, std::size_t j, double h) {
+    const std::size_t k = row * p_.R() + j;
+    const double keep = value(p_.keep_h, k);
+    set_h(row, j, keep * h_prev[k] + (1.0 - keep) * h);
+  }
+  void end_c(std::size_t row, std::size_t j, double c) {
     const std::size_t k = row * p_.H + j;
-    const double k_h = value(p_.keep_h, k), k_c = value(p_.keep_c, k);
-    set(row, j, k_h * h_prev[k] + (1.0 - k_h) * h, k_c * c_prev[k] + (1.0 - k_c) * c);
+    const double keep = value(p_.keep_c, k);
+    set_c(row, j, keep * c_prev[k] + (1.0 - keep) * c);
   }
 
   // The way back. begin_back gives dL/dh~ and dL/dc~, or false where the step is missing; end_back
@@ -119,41 +200,43 @@ class Around {
   // dL/dc'.
   bool begin_back(std::size_t row, Vector& dh, Vector& dc) {
     const std::size_t b = row % p_.B;
-    past_h_.assign(p_.H, 0.0);
-    past_c_.assign(p_.H, 0.0);
-    dh.assign(p_.H, 0.0);
-    dc.assign(p_.H, 0.0);
-    for (std::size_t j = 0; j < p_.H; ++j) {
-      const std::size_t k = row * p_.H + j, s = b * p_.H + j;
-      const double k_h = missing(row) ? 1.0 : value(p_.keep_h, k);
-      const double k_c = missing(row) ? 1.0 : value(p_.keep_c, k);
-      const double h = out_.grad_h0[s] + value(p_.grad_y, k);
-      past_h_[j] = k_h * h;
-      dh[j] = (1.0 - k_h) * h;
-      if (!has_c_) continue;
-      const double c = out_.grad_c0[s] + value(p_.grad_cells, k);
-      past_c_[j] = k_c * c;
-      dc[j] = (1.0 - k_c) * c;
-    }
-    if (missing(row)) end_back(row, Vector(p_.H), Vector(p_.H), Vector(p_.H));
+    split(row, p_.R(), &out_.grad_h0[b * p_.R()], p_.grad_y, p_.keep_h, dh, past_h_);
+    split(row, cells(), out_.grad_c0.data() + b * cells(), p_.grad_cells, p_.keep_c, dc, past_c_);
+    if (missing(row)) end_back(row, Vector(p_.R()), Vector(p_.R()), Vector(p_.H));
     return !missing(row);
   }
   void end_back(std::size_t row, const Vector& dh, const Vector& d_seen, const Vector& dc) {
     const std::size_t b = row % p_.B;
-    for (std::size_t j = 0; j < p_.H; ++j) {
-      const std::size_t s = b * p_.H + j;
+    for (std::size_t j = 0; j < p_.R(); ++j) {
+      const std::size_t s = b * p_.R() + j;
       const double m = p_.recurrent_mask != nullptr ? p_.recurrent_mask[s] : 1.0;
       give_back(row, past_h_[j] + dh[j] + m * d_seen[j], out_.grad_h0[s], out_.grad_restart_h[j]);
-      if (has_c_) give_back(row, past_c_[j] + dc[j], out_.grad_c0[s], out_.grad_restart_c[j]);
+    }
+    for (std::size_t j = 0; j < cells(); ++j) {
+      give_back(row, past_c_[j] + dc[j], out_.grad_c0[b * p_.H + j], out_.grad_restart_c[j]);
     }
   }
 
  private:
+  std::size_t cells() const { return has_cell_state(p_.cell) ? p_.H : 0; }
   static double value(const double* v, std::size_t i) { return v != nullptr ? v[i] : 0.0; }
-  void set(std::size_t row, std::size_t j, double h, double c) {
-    const std::size_t s = row % p_.B * p_.H + j, k = row * p_.H + j;
-    out_.h[s] = out_.y[k] = h;
-    if (has_c_) out_.c[s] = out_.cells[k] = c;
+  void set_h(std::size_t row, std::size_t j, double h) {
+    out_.h[row % p_.B * p_.R() + j] = out_.y[row * p_.R() + j] = h;
+  }
+  void set_c(std::size_t row, std::size_t j, double c) {
+    out_.c[row % p_.B * p_.H + j] = out_.cells[row * p_.H + j] = c;
+  }
+  // What comes to n values of a step, in what goes on to the cell and what passes it.
+  void split(std::size_t row, std::size_t n, const double* later, const double* own,
+             const double* keep, Vector& to_cell, Vector& past) const {
+    to_cell.assign(n, 0.0);
+    past.assign(n, 0.0);
+    for (std::size_t j = 0; j < n; ++j) {
+      const std::size_t k = row * n + j;
+      const double kept = missing(row) ? 1.0 : value(keep, k), d = later[j] + value(own, k);
+      past[j] = kept * d;
+      to_cell[j] = (1.0 - kept) * d;
+    }
   }
   void give_back(std::size_t row, double d, double& before, double& restart) const {
     before = reset(row) ? 0.0 : d;
@@ -162,7 +245,6 @@ class Around {
 
   const Problem& p_;
   Result& out_;
-  bool has_c_;
   Vector past_h_, past_c_;
 };
 
@@ -189,7 +271,7 @@ Result rnn(const Problem& p) {
       out.kink = std::min(out.kink, std::abs(s[j]));
       // In this form a NaN stays a NaN.
       h[k] = p.cell == Cell::rnn_tanh ? std::tanh(s[j]) : (s[j] <= 0.0 ? 0.0 : s[j]);
-      around.end(row, j, h[k]);
+      around.end_h(row, j, h[k]);
     }
   }
 
@@ -217,19 +299,22 @@ Result rnn(const Problem& p) {
 //   i = sigma(s_i + p_i * c_{t-1})   f = sigma(s_f + p_f * c_{t-1})   g = tanh(s_g)
 //   c_t = f * c_{t-1} + i * g
 //   o = sigma(s_o + p_o * c_t)
-//   h_t = o * tanh(c_t)                                 y_t = h_t
+//   m_t = o * tanh(c_t)
+//   h_t = m_t, or W_hr m_t with a projection (Sak et al. 2014)          y_t = h_t
 //
 // p are the peepholes (Gers & Schmidhuber 2000), zero without. With coupled gates (Greff et al.
-// 2017) i = 1 - f, and the gates are f, g, o.
+// 2017) i = 1 - f, and the gates are f, g, o. With layer normalisation W_ih x_t, W_hh h_{t-1} and
+// the c_t inside the tanh are normalised, the products over all gates.
 //
-//   dc = dL/dc_t + dh * o * (1 - tanh(c_t)^2) + ds_o * p_o
+//   dm = dh, or W_hr^T dh
+//   dc = dL/dc_t + dm * o * (1 - tanh(c_t)^2) + ds_o * p_o
 //   ds_i = dc * g * i (1 - i)       ds_f = dc * c_{t-1} * f (1 - f)
-//   ds_g = dc * i * (1 - g^2)       ds_o = dh * tanh(c_t) * o (1 - o)
+//   ds_g = dc * i * (1 - g^2)       ds_o = dm * tanh(c_t) * o (1 - o)
 //   dc_{t-1} = dc * f + ds_i * p_i + ds_f * p_f         dh_{t-1} = W_hh^T ds
 //
 //   coupled: ds_f = dc * (c_{t-1} - g) * f (1 - f)
 Result lstm(const Problem& p) {
-  const std::size_t T = p.T, B = p.B, I = p.I, H = p.H;
+  const std::size_t T = p.T, B = p.B, I = p.I, H = p.H, R = p.R();
   const bool coupled = p.cell == Cell::lstm_coupled;
   const std::size_t G = coupled ? 3 : 4;
   const std::size_t at_f = coupled ? 0 : H, at_g = at_f + H, at_o = at_g + H;  // in s
@@ -237,14 +322,19 @@ Result lstm(const Problem& p) {
   const auto peephole = [&](std::size_t j) { return p.peephole != nullptr ? p.peephole[j] : 0.0; };
   Result out = begin(p);
   Around around(p, out);
+  Norm norm_x(T * B, p.gain_ih, {G * H}), norm_h(T * B, p.gain_hh, {G * H});
+  Norm norm_c(T * B, p.gain_c, {H});
 
   Vector i(T * B * H), f(T * B * H), g(T * B * H), o(T * B * H), c(T * B * H);
+  Vector tanh_c(T * B * H), m(T * B * H);
   for (std::size_t row = 0; row < T * B; ++row) {
     if (!around.begin(row)) continue;
-    Vector s(G * H);
-    add_product(p.w_ih, G * H, I, &p.x[row * I], s.data());
+    Vector a(G * H), u(G * H);
+    add_product(p.w_ih, G * H, I, &p.x[row * I], a.data());
+    add_product(p.w_hh, G * H, R, &around.seen[row * R], u.data());
+    Vector s = norm_x.forward(row, a);
+    add(norm_h.forward(row, u).data(), G * H, s.data());
     add(p.b_ih, G * H, s.data());
-    add_product(p.w_hh, G * H, H, &around.seen[row * H], s.data());
     add(p.b_hh, G * H, s.data());
     for (std::size_t j = 0; j < H; ++j) {
       const std::size_t k = row * H + j;
@@ -254,20 +344,43 @@ Result lstm(const Problem& p) {
       g[k] = std::tanh(s[at_g + j]);
       c[k] = f[k] * before + i[k] * g[k];
       o[k] = logistic(s[at_o + j] + peephole(peep_o + j) * c[k]);
-      around.end(row, j, o[k] * std::tanh(c[k]), c[k]);
+      around.end_c(row, j, c[k]);
     }
+    Vector inside = norm_c.forward(row, Vector(&c[row * H], &c[row * H] + H));
+    add(p.shift_c, H, inside.data());
+    for (std::size_t j = 0; j < H; ++j) {
+      const std::size_t k = row * H + j;
+      tanh_c[k] = std::tanh(inside[j]);
+      m[k] = o[k] * tanh_c[k];
+      if (p.w_hr == nullptr) around.end_h(row, j, m[k]);
+    }
+    if (p.w_hr == nullptr) continue;
+    Vector h(R);
+    add_product(p.w_hr, R, H, &m[row * H], h.data());
+    for (std::size_t j = 0; j < R; ++j) around.end_h(row, j, h[j]);
   }
 
   for (std::size_t row = T * B; row-- > 0;) {
-    Vector dh, dc, ds(G * H), d_seen(H);
+    Vector dh, dc, ds(G * H), d_seen(R), d_inside(H);
     if (!around.begin_back(row, dh, dc)) continue;
+    Vector dm = dh;
+    if (p.w_hr != nullptr) {
+      dm.assign(H, 0.0);
+      add_transposed_product(p.w_hr, R, H, dh.data(), dm.data());
+      add_outer(dh.data(), R, &m[row * H], H, out.grad_w_hr.data());
+    }
     for (std::size_t j = 0; j < H; ++j) {
       const std::size_t k = row * H + j;
-      const double before = around.c_prev[k], tanh_c = std::tanh(c[k]);
-      ds[at_o + j] = dh[j] * tanh_c * o[k] * (1.0 - o[k]);
+      d_inside[j] = dm[j] * o[k] * (1.0 - tanh_c[k] * tanh_c[k]);
+    }
+    add(d_inside.data(), H, out.grad_shift_c.data());
+    add(norm_c.backward(row, d_inside, out.grad_gain_c).data(), H, dc.data());
+    for (std::size_t j = 0; j < H; ++j) {
+      const std::size_t k = row * H + j;
+      const double before = around.c_prev[k];
+      ds[at_o + j] = dm[j] * tanh_c[k] * o[k] * (1.0 - o[k]);
       out.grad_peephole[peep_o + j] += ds[at_o + j] * c[k];
-      const double d =
-          dc[j] + dh[j] * o[k] * (1.0 - tanh_c * tanh_c) + ds[at_o + j] * peephole(peep_o + j);
+      const double d = dc[j] + ds[at_o + j] * peephole(peep_o + j);
       ds[at_g + j] = d * i[k] * (1.0 - g[k] * g[k]);
       ds[at_f + j] = d * (coupled ? before - g[k] : before) * f[k] * (1.0 - f[k]);
       out.grad_peephole[at_f + j] += ds[at_f + j] * before;
@@ -277,87 +390,15 @@ Result lstm(const Problem& p) {
       out.grad_peephole[j] += ds[j] * before;
       dc[j] += ds[j] * peephole(j);
     }
-    add_transposed_product(p.w_ih, G * H, I, ds.data(), &out.grad_x[row * I]);
-    add_transposed_product(p.w_hh, G * H, H, ds.data(), d_seen.data());
-    add_outer(ds.data(), G * H, &p.x[row * I], I, out.grad_w_ih.data());
-    add_outer(ds.data(), G * H, &around.seen[row * H], H, out.grad_w_hh.data());
     add(ds.data(), G * H, out.grad_b_ih.data());
     add(ds.data(), G * H, out.grad_b_hh.data());
-    around.end_back(row, Vector(H), d_seen, dc);
-  }
-  return out;
-}
-
-// LSTM with a projection (Sak et al. 2014), and without any option: h has P values.
-//
-//   s, c_t as above, but W_hh is [4H, P]
-//   m_t = o * tanh(c_t)                                 H
-//   h_t = W_hr m_t                                      y_t = h_t
-//
-//   dm = W_hr^T dh, which takes the place of dh above
-Result lstm_projected(const Problem& p) {
-  const std::size_t T = p.T, B = p.B, I = p.I, H = p.H, R = p.R();
-  Result out = begin(p);
-
-  Vector h_prev(T * B * R), c_prev(T * B * H), c_next(T * B * H), m(T * B * H);
-  Vector i(T * B * H), f(T * B * H), g(T * B * H), o(T * B * H);
-  for (std::size_t t = 0; t < T; ++t) {
-    for (std::size_t b = 0; b < B; ++b) {
-      const std::size_t row = t * B + b;
-      double* h = &out.h[b * R];
-      Vector s(4 * H);
-      add_product(p.w_ih, 4 * H, I, &p.x[row * I], s.data());
-      add(p.b_ih, 4 * H, s.data());
-      add_product(p.w_hh, 4 * H, R, h, s.data());
-      add(p.b_hh, 4 * H, s.data());
-      for (std::size_t j = 0; j < H; ++j) {
-        const std::size_t k = row * H + j;
-        c_prev[k] = out.c[b * H + j];
-        i[k] = logistic(s[j]);
-        f[k] = logistic(s[H + j]);
-        g[k] = std::tanh(s[2 * H + j]);
-        o[k] = logistic(s[3 * H + j]);
-        c_next[k] = f[k] * c_prev[k] + i[k] * g[k];
-        out.c[b * H + j] = out.cells[k] = c_next[k];
-        m[k] = o[k] * std::tanh(c_next[k]);
-      }
-      Vector next(R);
-      add_product(p.w_hr, R, H, &m[row * H], next.data());
-      for (std::size_t j = 0; j < R; ++j) {
-        h_prev[row * R + j] = h[j];
-        h[j] = next[j];
-        out.y[row * R + j] = next[j];
-      }
-    }
-  }
-
-  for (std::size_t t = T; t-- > 0;) {
-    for (std::size_t b = 0; b < B; ++b) {
-      const std::size_t row = t * B + b;
-      double* dh = &out.grad_h0[b * R];
-      double* dc = &out.grad_c0[b * H];
-      Vector dm(H), ds(4 * H);
-      if (p.grad_y != nullptr) add(&p.grad_y[row * R], R, dh);
-      add_transposed_product(p.w_hr, R, H, dh, dm.data());
-      add_outer(dh, R, &m[row * H], H, out.grad_w_hr.data());
-      for (std::size_t j = 0; j < R; ++j) dh[j] = 0.0;
-      for (std::size_t j = 0; j < H; ++j) {
-        const std::size_t k = row * H + j;
-        const double tanh_c = std::tanh(c_next[k]);
-        dc[j] += dm[j] * o[k] * (1.0 - tanh_c * tanh_c);
-        ds[j] = dc[j] * g[k] * i[k] * (1.0 - i[k]);
-        ds[H + j] = dc[j] * c_prev[k] * f[k] * (1.0 - f[k]);
-        ds[2 * H + j] = dc[j] * i[k] * (1.0 - g[k] * g[k]);
-        ds[3 * H + j] = dm[j] * tanh_c * o[k] * (1.0 - o[k]);
-        dc[j] *= f[k];
-      }
-      add_transposed_product(p.w_ih, 4 * H, I, ds.data(), &out.grad_x[row * I]);
-      add_transposed_product(p.w_hh, 4 * H, R, ds.data(), dh);
-      add_outer(ds.data(), 4 * H, &p.x[row * I], I, out.grad_w_ih.data());
-      add_outer(ds.data(), 4 * H, &h_prev[row * R], R, out.grad_w_hh.data());
-      add(ds.data(), 4 * H, out.grad_b_ih.data());
-      add(ds.data(), 4 * H, out.grad_b_hh.data());
-    }
+    const Vector da = norm_x.backward(row, ds, out.grad_gain_ih);
+    const Vector du = norm_h.backward(row, ds, out.grad_gain_hh);
+    add_transposed_product(p.w_ih, G * H, I, da.data(), &out.grad_x[row * I]);
+    add_transposed_product(p.w_hh, G * H, R, du.data(), d_seen.data());
+    add_outer(da.data(), G * H, &p.x[row * I], I, out.grad_w_ih.data());
+    add_outer(du.data(), G * H, &around.seen[row * R], R, out.grad_w_hh.data());
+    around.end_back(row, Vector(R), d_seen, dc);
   }
   return out;
 }
@@ -369,6 +410,9 @@ Result lstm_projected(const Problem& p) {
 //   n = tanh(a_n + r * u_n)
 //   h_t = (1 - z) * n + z * h_{t-1}                     y_t = h_t
 //
+// With layer normalisation both products are normalised before their biases, over the 2H values of
+// r and z and over the H of n.
+//
 //   da_z = dh * (h_{t-1} - n) * z (1 - z)
 //   da_n = dh * (1 - z) * (1 - n^2)
 //   da_r = da_n * u_n * r (1 - r)
@@ -378,14 +422,17 @@ Result gru(const Problem& p) {
   const std::size_t T = p.T, B = p.B, I = p.I, H = p.H;
   Result out = begin(p);
   Around around(p, out);
+  Norm norm_x(T * B, p.gain_ih, {2 * H, H}), norm_h(T * B, p.gain_hh, {2 * H, H});
 
   Vector r(T * B * H), z(T * B * H), n(T * B * H), u_n(T * B * H);
   for (std::size_t row = 0; row < T * B; ++row) {
     if (!around.begin(row)) continue;
     Vector a(3 * H), u(3 * H);
     add_product(p.w_ih, 3 * H, I, &p.x[row * I], a.data());
+    a = norm_x.forward(row, a);
     add(p.b_ih, 3 * H, a.data());
     add_product(p.w_hh, 3 * H, H, &around.seen[row * H], u.data());
+    u = norm_h.forward(row, u);
     add(p.b_hh, 3 * H, u.data());
     for (std::size_t j = 0; j < H; ++j) {
       const std::size_t k = row * H + j;
@@ -393,7 +440,7 @@ Result gru(const Problem& p) {
       r[k] = logistic(a[j] + u[j]);
       z[k] = logistic(a[H + j] + u[H + j]);
       n[k] = std::tanh(a[2 * H + j] + r[k] * u_n[k]);
-      around.end(row, j, (1.0 - z[k]) * n[k] + z[k] * around.h_prev[k]);
+      around.end_h(row, j, (1.0 - z[k]) * n[k] + z[k] * around.h_prev[k]);
     }
   }
 
@@ -410,12 +457,14 @@ Result gru(const Problem& p) {
       du[2 * H + j] = da[2 * H + j] * r[k];
       dh[j] *= z[k];
     }
+    add(da.data(), 3 * H, out.grad_b_ih.data());
+    add(du.data(), 3 * H, out.grad_b_hh.data());
+    da = norm_x.backward(row, da, out.grad_gain_ih);
+    du = norm_h.backward(row, du, out.grad_gain_hh);
     add_transposed_product(p.w_ih, 3 * H, I, da.data(), &out.grad_x[row * I]);
     add_transposed_product(p.w_hh, 3 * H, H, du.data(), d_seen.data());
     add_outer(da.data(), 3 * H, &p.x[row * I], I, out.grad_w_ih.data());
     add_outer(du.data(), 3 * H, &around.seen[row * H], H, out.grad_w_hh.data());
-    add(da.data(), 3 * H, out.grad_b_ih.data());
-    add(du.data(), 3 * H, out.grad_b_hh.data());
     around.end_back(row, dh, d_seen, dc);
   }
   return out;
@@ -461,7 +510,7 @@ Result gru_reset_before(const Problem& p) {
     for (std::size_t j = 0; j < H; ++j) {
       const std::size_t k = row * H + j;
       n[k] = std::tanh(s[2 * H + j]);
-      around.end(row, j, (1.0 - z[k]) * n[k] + z[k] * around.h_prev[k]);
+      around.end_h(row, j, (1.0 - z[k]) * n[k] + z[k] * around.h_prev[k]);
     }
   }
 
@@ -517,8 +566,6 @@ Result run(const Problem& problem) {
     case Cell::rnn_relu:
       return rnn(problem);
     case Cell::lstm:
-      if (problem.w_hr != nullptr) return lstm_projected(problem);
-      [[fallthrough]];
     case Cell::lstm_coupled:
       return lstm(problem);
     case Cell::gru:

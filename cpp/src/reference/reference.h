@@ -61,9 +61,15 @@ struct Problem {
   const double* peephole;    // [3*H] of i, f, o; coupled [2*H] of f, o
   const double* grad_cells;  // [T, B, H]  error of every c
 
-  // A projection, which knows none of the options; null: none.
+  // A projection; null: none. h0, restart_h, recurrent_mask and keep_h then have P for H.
   std::size_t P;
   const double* w_hr;
+
+  // Layer normalisation of LSTM and GRU (reset after); gain_ih null: none.
+  const double* gain_ih;  // [G*H]
+  const double* gain_hh;  // [G*H]
+  const double* gain_c;   // [H]  LSTM
+  const double* shift_c;  // [H]  LSTM, null: zeros
   std::size_t R() const { return w_hr != nullptr ? P : H; }
 };
 
@@ -74,6 +80,7 @@ struct Result {
   std::vector<double> grad_w_ih, grad_w_hh, grad_b_ih, grad_b_hh, grad_w_hr;
   double kink;  // the smallest magnitude of what went into a relu
   std::vector<double> cells, grad_peephole, grad_restart_h, grad_restart_c;
+  std::vector<double> grad_gain_ih, grad_gain_hh, grad_gain_c, grad_shift_c;
 };
 
 Result run(const Problem& problem);

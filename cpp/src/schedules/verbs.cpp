@@ -154,7 +154,7 @@ struct TapeLayout {
   const StackShape& shape;
   const Blocks& blocks;
   bool states;
-  Index width() const { return tape_width(shape.cell) * shape.hidden_size; }
+  Index width() const { return shape.layer(0).tape_size(); }
   bool narrow() const { return shape.options.narrow_tape; }
   // Elements of S that a layer's own tape takes.
   Index own() const {
