@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
-UNIT = 2.0**-9  # of bfloat16: half of the distance of its numbers, relative to them
+UNIT = 2.0**-8  # of bfloat16: half of the distance of its numbers, relative to them
 
 
 class Bounded:
@@ -59,8 +59,13 @@ class _Kept:
         self.slope = self.rest * Bounded(1.0 + np.abs(value), np.abs(value) * UNIT)
 
 
-def lstm(x: Array, w_ih: Array, w_hh: Array, grad_y: Array) -> dict[str, Bounded]:
-    """Return the gradients of an LSTM without biases over x `[T, B, I]`, from zeros."""
+def lstm(
+    x: Array, w_ih: Array, w_hh: Array, grad_y: Array, y: Array | None = None
+) -> dict[str, Bounded]:
+    """Return the gradients of an LSTM without biases over x `[T, B, I]`, from zeros.
+
+    With y, `[T, B, H]`, that is what each step sees of the one before, whatever the formulas give.
+    """
     T, B, _ = x.shape
     H = w_hh.shape[1]
     h = [np.zeros((B, H))]
@@ -71,7 +76,7 @@ def lstm(x: Array, w_ih: Array, w_hh: Array, grad_y: Array) -> dict[str, Bounded
         i, f, g, o = _logistic(i), _logistic(f), np.tanh(g), _logistic(o)
         gates.append((i, f, g, o))
         c.append(f * c[-1] + i * g)
-        h.append(o * np.tanh(c[-1]))
+        h.append(o * np.tanh(c[-1]) if y is None else y[t])
     grad_h, grad_c = Bounded(np.zeros((B, H))), Bounded(np.zeros((B, H)))
     grads = {name: Bounded(np.zeros_like(w)) for name, w in (("w_ih", w_ih), ("w_hh", w_hh))}
     grad_x = []
@@ -95,7 +100,9 @@ def lstm(x: Array, w_ih: Array, w_hh: Array, grad_y: Array) -> dict[str, Bounded
     return _named(grads, grad_x)
 
 
-def gru(x: Array, w_ih: Array, w_hh: Array, grad_y: Array) -> dict[str, Bounded]:
+def gru(
+    x: Array, w_ih: Array, w_hh: Array, grad_y: Array, y: Array | None = None
+) -> dict[str, Bounded]:
     """The same of a GRU that resets after the product."""
     T, B, _ = x.shape
     H = w_hh.shape[1]
@@ -107,7 +114,7 @@ def gru(x: Array, w_ih: Array, w_hh: Array, grad_y: Array) -> dict[str, Bounded]
         r, z = _logistic(a_r + u_r), _logistic(a_z + u_z)
         n = np.tanh(a_n + r * u_n)
         gates.append((r, z, n, u_n))
-        h.append((1.0 - z) * n + z * h[-1])
+        h.append((1.0 - z) * n + z * h[-1] if y is None else y[t])
     grad_h = Bounded(np.zeros((B, H)))
     grads = {name: Bounded(np.zeros_like(w)) for name, w in (("w_ih", w_ih), ("w_hh", w_hh))}
     grad_x = []

@@ -52,7 +52,7 @@ def test_with_any_options_the_results_are_the_same_and_the_gradient_is_near(cell
     changed = 0
     for name, wanted in plain.items():
         if name.startswith("grad_"):
-            # Each error has a size of 2**-9 and a sign by chance.
+            # Each error is of 2**-8 at most, with a sign by chance.
             size = max(np.linalg.norm(wanted), 1e-3)
             assert np.linalg.norm(found[name] - wanted) <= 2.0**-5 * size, name
             changed += bool((found[name] != wanted).any())

@@ -450,10 +450,10 @@ class TestBadSettings:
         for dtype in ("float64", np.float64, float, np.dtype("f8")):
             assert make(2, 3, dtype=dtype).dtype == np.float64
         for dtype in ("float16", np.int32, "complex64", object, ">f4"):
-            with pytest.raises(ValueError, match=r"dtype: got .*, wanted 'float32' or 'float64'"):
+            with pytest.raises(ValueError, match=r"dtype: got .*, wanted 'float32', 'float64' or"):
                 make(2, 3, dtype=dtype)
         for dtype in (None, "real", 32):
-            with pytest.raises(TypeError, match=r"dtype: got .*, wanted 'float32' or 'float64'"):
+            with pytest.raises(TypeError, match=r"dtype: got .*, wanted 'float32', 'float64' or"):
                 make(2, 3, dtype=dtype)
 
     @pytest.mark.parametrize("make", [fb.RNN, fb.LSTM, fb.GRU, fb.Linear, fb.Embedding])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -42,6 +44,24 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 
 def parameters_of(rng, dtype="float64"):
     return {name: np.asarray(rng.standard_normal(s), dtype) for name, s in SHAPES.items()}
+
+
+@every_kind
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_a_copy_goes_on_with_its_own_parameters(kind, how, rng):
+    cls, options = KINDS[kind]
+    parameters = parameters_of(rng)
+    optimizer = cls(parameters, **options)
+    optimizer.step(parameters_of(rng))
+    others, other = how((parameters, optimizer))
+    grads = parameters_of(rng)
+    for both in (optimizer, other):
+        both.step(grads)
+    for name, parameter in parameters.items():
+        assert not np.shares_memory(parameter, others[name])
+        np.testing.assert_array_equal(others[name], parameter)
+    for name, value in optimizer.state_dict().items():
+        np.testing.assert_array_equal(other.state_dict()[name], value)
 
 
 @every_kind

@@ -36,10 +36,29 @@ constexpr const char* dtype_name() {
     return "float32";
   else if constexpr (std::is_same_v<S, double>)
     return "float64";
+  else if constexpr (std::is_same_v<S, Bfloat16>)
+    return "bfloat16";
   else if constexpr (std::is_same_v<S, bool>)
     return "bool";
   else
     return "int64";
+}
+
+// NumPy has no bfloat16 but that of ml_dtypes, which whoever made a layer of it has imported.
+template <class S>
+py::dtype dtype_of() {
+  if constexpr (std::is_same_v<S, Bfloat16>)
+    return py::dtype::from_args(py::module_::import("ml_dtypes").attr("bfloat16"));
+  else
+    return py::dtype::of<S>();
+}
+
+template <class S>
+bool has_dtype(const py::array& array) {
+  if constexpr (std::is_same_v<S, Bfloat16>)
+    return array.dtype().equal(dtype_of<S>());
+  else
+    return py::isinstance<py::array_t<S>>(array);
 }
 
 // The array behind `object`, of dtype S and this shape (-1: any length). Nothing is converted:
@@ -52,7 +71,7 @@ py::array checked(const char* name, const py::handle& object, std::initializer_l
                          ", wanted a NumPy array of " + dtype_name<S>());
   }
   py::array array = py::reinterpret_borrow<py::array>(object);
-  if (!py::isinstance<py::array_t<S>>(object)) {
+  if (!has_dtype<S>(array)) {
     throw py::type_error(std::string(name) + ": got dtype " + text_of(array.dtype()) + ", wanted " +
                          dtype_name<S>());
   }
@@ -74,12 +93,12 @@ template <class S>
 py::array new_array(const std::vector<Index>& shape) {
   Index size = 1;
   for (const Index n : shape) size *= n;
-  if (size * Index(sizeof(S)) < Index(large_block)) return py::array(py::dtype::of<S>(), shape);
+  if (size * Index(sizeof(S)) < Index(large_block)) return py::array(dtype_of<S>(), shape);
   auto buffer = std::make_unique<Buffer<S>>(size);
   S* const data = buffer->data();
   py::capsule owner(buffer.get(), [](void* p) { delete static_cast<Buffer<S>*>(p); });
   buffer.release();
-  return py::array(py::dtype::of<S>(), shape, data, owner);
+  return py::array(dtype_of<S>(), shape, data, owner);
 }
 
 template <class S>

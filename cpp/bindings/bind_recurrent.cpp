@@ -19,6 +19,40 @@ struct StateArrays {
   State<const S> view;
 };
 
+// h of a bfloat16 layer in float32, and such values back. c is float32 for the caller too: it is
+// not rounded from step to step, so neither may it be where time is cut.
+py::array widened(const py::array& narrow) {
+  py::array wide = new_array<float>(shape_of(narrow));
+  const Bfloat16* const from = data<Bfloat16>(narrow);
+  auto* const to = static_cast<std::uint32_t*>(wide.mutable_data());
+  for (Index i = 0; i < wide.size(); ++i) to[i] = std::uint32_t(from[i].bits) << 16;
+  return wide;
+}
+py::array narrowed(const py::array& wide) {
+  py::array narrow = new_array<Bfloat16>(shape_of(wide));
+  const auto* const from = static_cast<const std::uint32_t*>(wide.data());
+  auto* const to = static_cast<Bfloat16*>(narrow.mutable_data());
+  for (Index i = 0; i < wide.size(); ++i) to[i].bits = static_cast<std::uint16_t>(from[i] >> 16);
+  return narrow;
+}
+
+// A state for results.
+template <class S>
+struct NewState {
+  py::array h;
+  py::array c;
+  State<S> view;
+  bool has_c = false;
+
+  // What the caller gets for it.
+  template <class E>
+  py::object as() {
+    py::array own = std::is_same_v<E, S> ? std::move(h) : narrowed(h);
+    if (!has_c) return std::move(own);
+    return py::make_tuple(std::move(own), std::move(c));
+  }
+};
+
 // What is known of a batch beside its input, as the caller gave it.
 struct BatchOptions {
   std::optional<std::vector<Index>> lengths;
@@ -90,17 +124,18 @@ struct TapeData {
   virtual ~TapeData() = default;
 };
 
-template <class S>
+template <class E>
 struct TapeOf : TapeData {
+  using S = Arithmetic<E>;
   Buffer<S> steps;
-  SequenceArray<S> x;
+  SequenceArray<E> x;
   py::array y;
-  Sequence<const S> y_view;
+  Sequence<const E> y_view;
   StateArrays<S> initial;
   Index nbytes() const override { return steps.size() * Index(sizeof(S)); }
   void clear() override {
     steps = Buffer<S>();
-    x = SequenceArray<S>();
+    x = SequenceArray<E>();
     y = py::array();
     initial = StateArrays<S>();
   }
@@ -118,18 +153,29 @@ class Tape {
 class Session;
 
 class Stack {
+  enum class Dtype { f32, f64, bf16 };
+
+  // Calls work with a value of the type of parameters, x and y.
+  template <class F>
+  auto by_type(F&& work) const {
+    if (dtype_ == Dtype::f64) return work(double{});
+    if (dtype_ == Dtype::bf16) return work(Bfloat16{});
+    return work(float{});
+  }
+
  public:
   Stack(const std::string& cell, Index input_size, Index hidden_size, Index num_layers,
         bool batch_first, const std::string& dtype, const py::list& weights,
         const py::dict& options)
       : shape_{cell_of(cell), input_size, hidden_size, num_layers}, batch_first_(batch_first) {
     take(options);
-    if (dtype != "float32" && dtype != "float64") {
-      throw py::value_error("dtype: got '" + dtype + "', wanted 'float32' or 'float64'");
+    if (dtype != "float32" && dtype != "float64" && dtype != "bfloat16") {
+      throw py::value_error("dtype: got '" + dtype +
+                            "', wanted 'float32', 'float64' or 'bfloat16'");
     }
-    is_double_ = dtype == "float64";
-    if (is_double_ && shape_.options.narrow_tape) {
-      throw py::value_error("narrow_tape: got true for float64, wanted float32");
+    dtype_ = dtype == "float64" ? Dtype::f64 : dtype == "float32" ? Dtype::f32 : Dtype::bf16;
+    if (dtype_ == Dtype::f64 && shape_.options.narrow_tape) {
+      throw py::value_error("narrow_tape: got true for float64, wanted float32 or bfloat16");
     }
     for (const auto& [name, size] : {std::pair<const char*, Index>{"input_size", input_size},
                                      {"hidden_size", hidden_size},
@@ -145,10 +191,7 @@ class Stack {
       throw py::value_error("weights: got " + std::to_string(weights.size()) + " arrays, wanted " +
                             std::to_string(wanted));
     }
-    if (is_double_)
-      keep<double>(weights);
-    else
-      keep<float>(weights);
+    by_type([&](auto type) { keep<decltype(type)>(weights); });
   }
 
   // For parts of at most `longest` steps of a sequence of T steps of B rows.
@@ -157,22 +200,24 @@ class Stack {
 
   // Of the tape of T steps of B rows as long as each other.
   Index tape_nbytes(Index T, Index B) const {
-    return tape_size(shape_, T, B) * Index(is_double_ ? sizeof(double) : sizeof(float));
+    return by_type([&](auto type) {
+      using E = decltype(type);
+      return tape_size<E>(shape_, T, B) * Index(sizeof(Arithmetic<E>));
+    });
   }
 
   // A whole sequence in one call.
   py::tuple advance(const py::object& x, const py::object& state, const py::object& batch) const {
-    return is_double_ ? whole_advance<double>(x, state, batch)
-                      : whole_advance<float>(x, state, batch);
+    return by_type([&](auto type) { return whole_advance<decltype(type)>(x, state, batch); });
   }
   py::tuple record(const py::object& x, const py::object& state, const py::object& batch) const {
-    return is_double_ ? whole_record<double>(x, state, batch)
-                      : whole_record<float>(x, state, batch);
+    return by_type([&](auto type) { return whole_record<decltype(type)>(x, state, batch); });
   }
   py::tuple reverse(const Tape& tape, const py::object& grad_y, const py::object& grad_state,
                     bool need_x, const py::object& grad_cells) const {
-    return is_double_ ? whole_reverse<double>(tape, grad_y, grad_state, need_x, grad_cells)
-                      : whole_reverse<float>(tape, grad_y, grad_state, need_x, grad_cells);
+    return by_type([&](auto type) {
+      return whole_reverse<decltype(type)>(tape, grad_y, grad_state, need_x, grad_cells);
+    });
   }
 
  private:
@@ -208,7 +253,7 @@ class Stack {
     }
   }
 
-  template <class S>
+  template <class E>
   void keep(const py::list& weights) {
     for (Index i = 0; i < static_cast<Index>(weights.size()); ++i) {
       const int which = static_cast<int>(i % weights_a_layer);
@@ -219,32 +264,36 @@ class Stack {
         continue;
       }
       weights_.push_back(wanted.columns > 0
-                             ? checked<S>("weights", weight, {wanted.rows, wanted.columns})
-                             : checked<S>("weights", weight, {wanted.rows}));
-      mutable_data<S>("weights", *weights_.back());
+                             ? checked<E>("weights", weight, {wanted.rows, wanted.columns})
+                             : checked<E>("weights", weight, {wanted.rows}));
+      mutable_data<E>("weights", *weights_.back());
     }
   }
 
   // The parameters as they are now; NumPy lets nobody move them while they are referred to here.
-  template <class S>
-  std::vector<Weights<const S>> weights() const {
-    std::vector<Weights<const S>> layers(shape_.layers());
+  template <class E>
+  std::vector<Weights<const E>> weights() const {
+    std::vector<Weights<const E>> layers(shape_.layers());
     for (std::size_t i = 0; i < weights_.size(); ++i) {
       if (weights_[i]) {
-        layers[i / weights_a_layer].*weight_member<const S>[i % weights_a_layer] =
-            data<S>(*weights_[i]);
+        layers[i / weights_a_layer].*weight_member<const E>[i % weights_a_layer] =
+            data<E>(*weights_[i]);
       }
     }
     return layers;
   }
 
-  template <class S>
-  StateArrays<S> checked_state(const char* name, const py::object& state, Index B) const {
+  // h of type E.
+  template <class E>
+  StateArrays<Arithmetic<E>> checked_state(const char* name, const py::object& state,
+                                           Index B) const {
+    using S = Arithmetic<E>;
     StateArrays<S> result;
     if (state.is_none()) return result;
     const Index K = shape_.layers(), H = shape_.hidden_size, R = shape_.output_size();
-    const auto part = [&](const char* part_name, const py::handle& array, Index columns) {
-      return contiguous(checked<S>(part_name, array, {K, B, columns}));
+    const auto h_of = [&](const std::string& part_name, const py::handle& array) {
+      const py::array h = contiguous(checked<E>(part_name.c_str(), array, {K, B, R}));
+      return std::is_same_v<E, S> ? h : widened(h);
     };
     if (has_cell_state(shape_.cell)) {
       const bool pair = (py::isinstance<py::tuple>(state) || py::isinstance<py::list>(state)) &&
@@ -256,46 +305,49 @@ class Stack {
             (R == H ? "" : shape_text({K, B, R}) + " and ") + shape_text({K, B, H}));
       }
       const auto items = py::reinterpret_borrow<py::sequence>(state);
-      result.h = part((std::string(name) + "[0]").c_str(), py::object(items[0]), R);
-      result.c = part((std::string(name) + "[1]").c_str(), py::object(items[1]), H);
+      result.h = h_of(std::string(name) + "[0]", py::object(items[0]));
+      result.c = contiguous(
+          checked<S>((std::string(name) + "[1]").c_str(), py::object(items[1]), {K, B, H}));
       result.view = {data<S>(result.h), data<S>(result.c)};
     } else {
-      result.h = part(name, state, R);
+      result.h = h_of(name, state);
       result.view = {data<S>(result.h), nullptr};
     }
     return result;
   }
 
-  // A new state for results, and the object that the caller gets for it.
   template <class S>
-  std::pair<State<S>, py::object> new_state(Index B) const {
+  NewState<S> new_state(Index B) const {
     const Index K = shape_.layers();
-    py::array h = new_array<S>({K, B, shape_.output_size()});
-    State<S> view{static_cast<S*>(h.mutable_data()), nullptr};
-    if (!has_cell_state(shape_.cell)) return {view, std::move(h)};
-    py::array c = new_array<S>({K, B, shape_.hidden_size});
-    view.c = static_cast<S*>(c.mutable_data());
-    return {view, py::make_tuple(std::move(h), std::move(c))};
+    NewState<S> state;
+    state.h = new_array<S>({K, B, shape_.output_size()});
+    state.view.h = static_cast<S*>(state.h.mutable_data());
+    state.has_c = has_cell_state(shape_.cell);
+    if (!state.has_c) return state;
+    state.c = new_array<S>({K, B, shape_.hidden_size});
+    state.view.c = static_cast<S*>(state.c.mutable_data());
+    return state;
   }
 
   // One forward run: the arguments checked, the results allocated.
-  template <class S>
+  template <class E>
   struct Call {
+    using S = Arithmetic<E>;
     Index B;
-    SequenceArray<S> x;
+    SequenceArray<E> x;
     StateArrays<S> initial;
     py::array y;
     py::object cells;  // or None
-    py::object final_state;
-    Forward<S> run;
+    NewState<S> final;
+    Forward<E> run;
     py::object output() const { return cells.is_none() ? py::object(y) : py::make_tuple(y, cells); }
   };
 
-  template <class S>
-  Call<S> prepare(const py::object& x, const py::object& state, bool batch_first) const {
-    Call<S> call;
+  template <class E>
+  Call<E> prepare(const py::object& x, const py::object& state, bool batch_first) const {
+    Call<E> call;
     call.cells = py::none();
-    call.x = SequenceArray<S>(checked<S>("x", x, {-1, -1, shape_.input_size}), batch_first);
+    call.x = SequenceArray<E>(checked<E>("x", x, {-1, -1, shape_.input_size}), batch_first);
     const py::array& input = call.x.array();
     const Index T = input.shape(batch_first ? 1 : 0), B = input.shape(batch_first ? 0 : 1);
     call.B = B;
@@ -304,19 +356,19 @@ class Stack {
                             ", wanted a batch of at least 1");
     }
     const Index F = y_width();
-    call.initial = checked_state<S>("state", state, B);
-    call.y = batch_first ? new_array<S>({B, T, F}) : new_array<S>({T, B, F});
-    auto [final, object] = new_state<S>(B);
-    call.final_state = std::move(object);
-    const Sequence<S> y{static_cast<S*>(call.y.mutable_data()), batch_first ? F : B * F,
+    call.initial = checked_state<E>("state", state, B);
+    call.y = batch_first ? new_array<E>({B, T, F}) : new_array<E>({T, B, F});
+    call.final = new_state<Arithmetic<E>>(B);
+    const Sequence<E> y{static_cast<E*>(call.y.mutable_data()), batch_first ? F : B * F,
                         batch_first ? T * F : F};
-    call.run = {T, call.x.view(), call.initial.view, y, final, 0, {}};
+    call.run = {T, call.x.view(), call.initial.view, y, call.final.view, 0, {}};
     return call;
   }
 
   // Every c of the last layer as an output, beside y.
-  template <class S>
-  void add_cells(Call<S>& call, bool batch_first) const {
+  template <class E>
+  void add_cells(Call<E>& call, bool batch_first) const {
+    using S = Arithmetic<E>;
     const Index T = call.run.steps, B = call.B, F = shape_.directions * shape_.hidden_size;
     py::array cells = batch_first ? new_array<S>({B, T, F}) : new_array<S>({T, B, F});
     call.run.cells = {static_cast<S*>(cells.mutable_data()), batch_first ? F : B * F,
@@ -326,23 +378,23 @@ class Stack {
 
   Index y_width() const { return shape_.directions * shape_.output_size(); }
 
-  template <class S>
-  std::unique_ptr<fastbptt::Session<S>> session(const Batch& batch, Index longest) const {
-    const std::vector<Weights<const S>> now = weights<S>();
-    return std::make_unique<fastbptt::Session<S>>(shape_, now.data(), batch, longest);
+  template <class E>
+  std::unique_ptr<fastbptt::Session<E>> session(const Batch& batch, Index longest) const {
+    const std::vector<Weights<const E>> now = weights<E>();
+    return std::make_unique<fastbptt::Session<E>>(shape_, now.data(), batch, longest);
   }
 
-  template <class S>
-  static py::tuple advance_in(fastbptt::Session<S>& session, Call<S> call) {
+  template <class E>
+  static py::tuple advance_in(fastbptt::Session<E>& session, Call<E> call) {
     without_gil([&](Interrupt interrupt) { session.advance(call.run, interrupt); });
-    return py::make_tuple(call.output(), std::move(call.final_state));
+    return py::make_tuple(call.output(), call.final.template as<E>());
   }
 
-  template <class S>
-  py::tuple record_in(fastbptt::Session<S>& session, Call<S> call,
+  template <class E>
+  py::tuple record_in(fastbptt::Session<E>& session, Call<E> call,
                       const BatchOptions& batch) const {
-    auto tape = std::make_unique<TapeOf<S>>();
-    tape->steps = Buffer<S>(session.tape_size(call.run.begin, call.run.steps));
+    auto tape = std::make_unique<TapeOf<E>>();
+    tape->steps = Buffer<Arithmetic<E>>(session.tape_size(call.run.begin, call.run.steps));
     without_gil(
         [&](Interrupt interrupt) { session.record(call.run, tape->steps.data(), interrupt); });
     tape->stack = id_;
@@ -354,27 +406,28 @@ class Stack {
     tape->y = call.y;
     tape->y_view = {call.run.y.data, call.run.y.step, call.run.y.row};
     tape->initial = call.initial;
-    return py::make_tuple(call.output(), std::move(call.final_state),
+    return py::make_tuple(call.output(), call.final.template as<E>(),
                           std::make_shared<Tape>(std::move(tape)));
   }
 
-  template <class S>
-  TapeOf<S>& own(const Tape& handle) const {
+  template <class E>
+  TapeOf<E>& own(const Tape& handle) const {
     TapeData& any = handle.get();
     if (any.stack != id_) {
       throw py::value_error(
           "tape: got a tape of another layer, wanted one that this layer recorded");
     }
-    return static_cast<TapeOf<S>&>(any);
+    return static_cast<TapeOf<E>&>(any);
   }
 
   // The gradients of input and state, in that order.
-  template <class S>
-  std::pair<py::object, py::object> reverse_in(fastbptt::Session<S>& session, TapeOf<S>& tape,
+  template <class E>
+  std::pair<py::object, py::object> reverse_in(fastbptt::Session<E>& session, TapeOf<E>& tape,
                                                const py::object& grad_y,
                                                const py::object& grad_cells,
                                                const py::object& grad_state, bool need_x,
                                                bool batch_first) const {
+    using S = Arithmetic<E>;
     const Index T = tape.T, B = tape.B, I = shape_.input_size;
     const Index first = batch_first ? B : T, second = batch_first ? T : B;
 
@@ -401,7 +454,7 @@ class Stack {
             batch_first ? T * I : I};
       grad_x = std::move(array);
     }
-    auto [initial, grad_initial] = new_state<S>(B);
+    NewState<S> initial = new_state<S>(B);
 
     if (tape.consumed.exchange(true)) {
       throw py::value_error(
@@ -409,27 +462,28 @@ class Stack {
     }
     try {
       // reverse writes neither y nor the final state of the run.
-      const Forward<S> run{T,
+      const Forward<E> run{T,
                            tape.x.view(),
                            tape.initial.view,
-                           {const_cast<S*>(tape.y_view.data), tape.y_view.step, tape.y_view.row},
+                           {const_cast<E*>(tape.y_view.data), tape.y_view.step, tape.y_view.row},
                            {},
                            tape.begin,
                            {}};
       const Reverse<S> grad{tape.steps.data(), dy.view(), final.view,    dx,
-                            initial,           nullptr,   d_cells.view()};
+                            initial.view,      nullptr,   d_cells.view()};
       without_gil([&](Interrupt interrupt) { session.reverse(run, grad, interrupt); });
     } catch (...) {
       tape.consumed = false;  // nothing of the tape was changed: it may be used again
       throw;
     }
     tape.clear();
-    return {std::move(grad_x), std::move(grad_initial)};
+    return {std::move(grad_x), initial.template as<S>()};
   }
 
   // The weight gradients that a session has gathered, as new arrays.
-  template <class S>
-  py::list weight_gradients(fastbptt::Session<S>& session) const {
+  template <class E>
+  py::list weight_gradients(fastbptt::Session<E>& session) const {
+    using S = Arithmetic<E>;
     py::list grads;
     std::vector<Weights<S>> to(shape_.layers());
     for (std::size_t i = 0; i < weights_.size(); ++i) {
@@ -447,36 +501,36 @@ class Stack {
     return grads;
   }
 
-  template <class S>
+  template <class E>
   py::tuple whole_advance(const py::object& x, const py::object& state,
                           const py::object& batch) const {
-    Call<S> call = prepare<S>(x, state, batch_first_);
+    Call<E> call = prepare<E>(x, state, batch_first_);
     const BatchOptions options(batch, call.run.steps, call.B);
     if (options.cells) add_cells(call, batch_first_);
-    const auto own_session = session<S>(options.view(call.run.steps, call.B, 0), call.run.steps);
-    return advance_in<S>(*own_session, std::move(call));
+    const auto own_session = session<E>(options.view(call.run.steps, call.B, 0), call.run.steps);
+    return advance_in<E>(*own_session, std::move(call));
   }
-  template <class S>
+  template <class E>
   py::tuple whole_record(const py::object& x, const py::object& state,
                          const py::object& batch) const {
-    Call<S> call = prepare<S>(x, state, batch_first_);
+    Call<E> call = prepare<E>(x, state, batch_first_);
     const BatchOptions options(batch, call.run.steps, call.B);
     if (options.cells) add_cells(call, batch_first_);
-    const auto own_session = session<S>(options.view(call.run.steps, call.B, 0), call.run.steps);
-    return record_in<S>(*own_session, std::move(call), options);
+    const auto own_session = session<E>(options.view(call.run.steps, call.B, 0), call.run.steps);
+    return record_in<E>(*own_session, std::move(call), options);
   }
-  template <class S>
+  template <class E>
   py::tuple whole_reverse(const Tape& handle, const py::object& grad_y,
                           const py::object& grad_state, bool need_x,
                           const py::object& grad_cells) const {
-    TapeOf<S>& tape = own<S>(handle);
+    TapeOf<E>& tape = own<E>(handle);
     const BatchOptions options = tape.batch;
     const auto own_session =
-        session<S>(options.view(tape.begin + tape.T, tape.B, tape.begin), tape.T);
+        session<E>(options.view(tape.begin + tape.T, tape.B, tape.begin), tape.T);
     auto [grad_x, grad_initial] =
-        reverse_in<S>(*own_session, tape, grad_y, grad_cells, grad_state, need_x, batch_first_);
+        reverse_in<E>(*own_session, tape, grad_y, grad_cells, grad_state, need_x, batch_first_);
     return py::make_tuple(std::move(grad_x), std::move(grad_initial),
-                          weight_gradients<S>(*own_session));
+                          weight_gradients<E>(*own_session));
   }
 
   static std::uint64_t next_id() {
@@ -487,7 +541,7 @@ class Stack {
   std::uint64_t id_ = next_id();
   StackShape shape_;
   bool batch_first_;
-  bool is_double_ = false;
+  Dtype dtype_ = Dtype::f32;
   std::vector<std::optional<py::array>> weights_;
 };
 
@@ -503,7 +557,7 @@ class Session {
   virtual Index nbytes() const = 0;
 };
 
-template <class S>
+template <class E>
 class SessionOf : public Session {
  public:
   SessionOf(const Stack& stack, Index T, Index B, Index longest, const py::object& batch,
@@ -513,27 +567,27 @@ class SessionOf : public Session {
         T_(T),
         B_(B),
         longest_(longest),
-        session_(stack.session<S>(batch_.view(T, B, begin), longest)) {}
+        session_(stack.session<E>(batch_.view(T, B, begin), longest)) {}
   py::tuple advance(const py::object& x, const py::object& state, Index begin) override {
-    return Stack::advance_in<S>(*session_, prepare(x, state, begin));
+    return Stack::advance_in<E>(*session_, prepare(x, state, begin));
   }
   py::tuple record(const py::object& x, const py::object& state, Index begin) override {
-    return stack_.record_in<S>(*session_, prepare(x, state, begin), batch_);
+    return stack_.record_in<E>(*session_, prepare(x, state, begin), batch_);
   }
   py::tuple reverse(const Tape& handle, const py::object& grad_y, const py::object& grad_state,
                     bool need_x) override {
-    TapeOf<S>& tape = stack_.own<S>(handle);
+    TapeOf<E>& tape = stack_.own<E>(handle);
     check(tape.T, tape.B, "tape");
     auto [x, state] =
-        stack_.reverse_in<S>(*session_, tape, grad_y, py::none(), grad_state, need_x, false);
+        stack_.reverse_in<E>(*session_, tape, grad_y, py::none(), grad_state, need_x, false);
     return py::make_tuple(std::move(x), std::move(state));
   }
-  py::list finish() override { return stack_.weight_gradients<S>(*session_); }
+  py::list finish() override { return stack_.weight_gradients<E>(*session_); }
   Index nbytes() const override { return session_->nbytes(); }
 
  private:
-  Stack::Call<S> prepare(const py::object& x, const py::object& state, Index begin) const {
-    auto call = stack_.prepare<S>(x, state, false);
+  Stack::Call<E> prepare(const py::object& x, const py::object& state, Index begin) const {
+    auto call = stack_.prepare<E>(x, state, false);
     check(call.run.steps, call.B, "x");
     const bool whole = begin == 0 && call.run.steps == T_;
     if (begin < 0 || begin + call.run.steps > T_ || (stack_.shape_.directions == 2 && !whole)) {
@@ -558,7 +612,7 @@ class SessionOf : public Session {
   Index T_;
   Index B_;
   Index longest_;
-  std::unique_ptr<fastbptt::Session<S>> session_;
+  std::unique_ptr<fastbptt::Session<E>> session_;
 };
 
 std::unique_ptr<Session> Stack::new_session(Index T, Index B, Index longest,
@@ -570,8 +624,9 @@ std::unique_ptr<Session> Stack::new_session(Index T, Index B, Index longest,
                             ", wanted at least 1");
     }
   }
-  if (is_double_) return std::make_unique<SessionOf<double>>(*this, T, B, longest, batch, begin);
-  return std::make_unique<SessionOf<float>>(*this, T, B, longest, batch, begin);
+  return by_type([&](auto type) -> std::unique_ptr<Session> {
+    return std::make_unique<SessionOf<decltype(type)>>(*this, T, B, longest, batch, begin);
+  });
 }
 
 }  // namespace

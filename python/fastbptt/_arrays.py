@@ -90,18 +90,39 @@ def _described(value: Any, array: Array) -> str:
     return kind if array.dtype == object and array.ndim == 0 else f"{kind} of {array.dtype}"
 
 
+_DTYPES = "'float32', 'float64' or 'bfloat16'"
+
+
 def as_dtype(value: DTypeLike) -> np.dtype[Any]:
-    """Return the dtype of a layer: float32 or float64."""
+    """Return the dtype of a layer: float32, float64 or bfloat16."""
+    if isinstance(value, str) and value == "bfloat16":
+        return _bfloat16()
     try:
         # NumPy takes None for float64, which nobody means here.
         dtype = None if value is None else np.dtype(value)
     except TypeError:
         dtype = None
     if dtype is None:
-        raise TypeError(f"dtype: got {value!r}, wanted 'float32' or 'float64'")
-    if dtype not in (np.float32, np.float64):
-        raise ValueError(f"dtype: got {dtype.name!r}, wanted 'float32' or 'float64'")
+        raise TypeError(f"dtype: got {value!r}, wanted {_DTYPES}")
+    if dtype not in (np.float32, np.float64) and dtype.name != "bfloat16":
+        raise ValueError(f"dtype: got {dtype.name!r}, wanted {_DTYPES}")
     return dtype
+
+
+def _bfloat16() -> np.dtype[Any]:
+    try:
+        import ml_dtypes
+    except ImportError as error:
+        raise ImportError(
+            "dtype: 'bfloat16' needs the package ml_dtypes: pip install 'fastbptt[bfloat16]'"
+        ) from error
+    found: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+    return found
+
+
+def compute_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Return the dtype of arithmetic and gradients: float32 for bfloat16, else the same."""
+    return np.dtype(np.float32) if dtype.name == "bfloat16" else dtype
 
 
 def as_size(name: str, value: Any, least: int = 1) -> int:

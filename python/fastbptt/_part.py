@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 
-from fastbptt._arrays import Array, as_array
+from fastbptt._arrays import Array, as_array, compute_dtype
 
 StateT = TypeVar("StateT")
 PartT = TypeVar("PartT", bound="Part")
@@ -39,6 +39,23 @@ class Part:
     kind: ClassVar[str]  # the name in `config`; a subclass of a user is saved as what it extends
     dtype: np.dtype[Any]
     _weights: dict[str, Array]
+
+    @property
+    def compute_dtype(self) -> np.dtype[Any]:
+        """Of arithmetic and gradients: float32 for a part of bfloat16, else `dtype`."""
+        return compute_dtype(self.dtype)
+
+    def _zero_grads(self) -> dict[str, Array]:
+        return {name: np.zeros(w.shape, self.compute_dtype) for name, w in self._weights.items()}
+
+    def _computed(self, name: str, value: Any) -> Array:
+        """Return what is to be of the part's dtype, in that of its arithmetic."""
+        array = as_array(name, value, self.dtype)
+        if self.dtype == self.compute_dtype:
+            return array
+        if array.dtype != self.dtype:
+            raise TypeError(f"{name}: got dtype {array.dtype}, wanted {self.dtype}")
+        return array.astype(self.compute_dtype)
 
     @property
     def weights(self) -> dict[str, Array]:

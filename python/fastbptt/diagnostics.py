@@ -417,6 +417,8 @@ def _of_layer(state: Any, number: int) -> Any:
 
 def _check_layer(layer: Recurrent[Any]) -> None:
     """Refuse what the formulas of `gate_gradients` do not know."""
+    if layer.dtype != layer.compute_dtype:
+        raise ValueError(f"model: got {layer!r}, wanted one of float32 or float64")
     options = ("bidirectional", "recurrent_dropout", "zoneout", "peephole", "coupled", "layer_norm")
     for option in options:
         if getattr(layer, option, False):

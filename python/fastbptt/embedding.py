@@ -28,8 +28,8 @@ class Embedding(Part):
     ----------
     num_embeddings, embedding_dim : int
         V rows of E numbers, drawn from N(0, 1) as in PyTorch.
-    dtype : {"float32", "float64"}
-        Of the table.
+    dtype : {"float32", "float64", "bfloat16"}
+        Of the table; the gradient of one in bfloat16 is float32.
     seed : int, optional
         Of the table; a new one each time by default.
 
@@ -145,13 +145,13 @@ class Embedding(Part):
         [[0.0, 0.0], [2.0, 2.0], [1.0, 1.0]]
         """
         rows = as_index("index", index, self.num_embeddings)
-        grad = as_array("grad_y", grad_y, self.dtype)
+        grad = as_array("grad_y", grad_y, self.compute_dtype)
         wanted = (*rows.shape, self.embedding_dim)
         if grad.shape != wanted:
             raise ValueError(f"grad_y: got shape {grad.shape}, wanted {wanted}")
-        if grad.dtype != self.dtype:
-            raise TypeError(f"grad_y: got dtype {grad.dtype}, wanted {self.dtype}")
-        weight = np.zeros_like(self._weights["weight"])
+        if grad.dtype != self.compute_dtype:
+            raise TypeError(f"grad_y: got dtype {grad.dtype}, wanted {self.compute_dtype}")
+        weight = self._zero_grads()["weight"]
         flat = grad.reshape(1, rows.size, self.embedding_dim)
         _core.embedding_backward(rows.reshape(1, -1), flat, weight)
         return {"weight": weight}

@@ -58,7 +58,7 @@ class Recurrent(Part, Generic[StateT]):
     zoneout : float or tuple of float
         As given to the constructor.
     dtype : numpy.dtype
-        float32 or float64.
+        float32, float64 or bfloat16.
     tape : str or None
         The dtype of what `forward` keeps beside x and y; None for an RNN, which keeps nothing.
     """
@@ -119,6 +119,10 @@ class Recurrent(Part, Generic[StateT]):
         self.recurrent_dropout = as_probability("recurrent_dropout", recurrent_dropout)
         self.zoneout = self._as_zoneout(zoneout)
         self.layer_norm = as_bool("layer_norm", layer_norm)
+        if self.layer_norm and self.dtype != self.compute_dtype:
+            raise ValueError(
+                f"layer_norm: got True for a layer of {self.dtype}, wanted float32 or float64"
+            )
         for name in ("recurrent_dropout", "zoneout"):
             self._check_alone(name, getattr(self, name))
         L, I, H, D = self.num_layers, self.input_size, self.hidden_size, self.directions  # noqa: E741
@@ -150,10 +154,11 @@ class Recurrent(Part, Generic[StateT]):
 
     def _as_tape(self, value: str | None) -> str:
         own: str = self.dtype.name
-        if value is None or value == own:
+        fitting = ("float64",) if own == "float64" else ("float32", "bfloat16")
+        if value is None:
             return own
-        if value != "bfloat16" or own == "float64":
-            wanted = "'float64'" if own == "float64" else f"{own!r} or 'bfloat16'"
+        if value not in fitting:
+            wanted = " or ".join(map(repr, fitting))
             raise ValueError(f"tape: got {value!r} for a layer of {own}, wanted {wanted}")
         if self.layer_norm:
             raise ValueError(f"tape: got {value!r} beside layer_norm=True, wanted one of them")
@@ -236,6 +241,7 @@ class Recurrent(Part, Generic[StateT]):
             return None
         kinds = ("h0", "c0") if self._has_cells else ("h0",)
         parts = [np.stack([self._weights[kind + end] for _, end in self._runs()]) for kind in kinds]
+        parts[1:] = [part.astype(self.compute_dtype, copy=False) for part in parts[1:]]
         states = tuple(np.repeat(part[:, None], B, axis=1) for part in parts)
         return states if self._has_cells else states[0]
 
@@ -354,12 +360,13 @@ class Recurrent(Part, Generic[StateT]):
             batch["seed"] = seed
         return batch or None
 
-    def _as_state(self, name: str, state: Any) -> Any:
+    def _as_state(self, name: str, state: Any, dtype: np.dtype[Any] | None = None) -> Any:
+        """Return a state as the core takes it, h of the layer's dtype or another."""
         if type(state) is tuple:
             raise TypeError(
                 f"{name}: got a tuple, wanted an array [L*D, B, H]; an LSTM has a tuple (h, c)"
             )
-        return as_array(name, state, self.dtype)
+        return as_array(name, state, dtype or self.dtype)
 
     @overload
     def __call__(
@@ -667,11 +674,11 @@ class Recurrent(Part, Generic[StateT]):
                 f"tape: got {type(tape).__name__}, wanted what forward(training=True) returned"
             )
         if grad_y is not None and type(grad_y) is not ndarray:
-            grad_y = as_array("grad_y", grad_y, self.dtype)
+            grad_y = as_array("grad_y", grad_y, self.compute_dtype)
         if grad_state is not None and type(grad_state) is not ndarray:
-            grad_state = self._as_state("grad_state", grad_state)
+            grad_state = self._as_state("grad_state", grad_state, self.compute_dtype)
         if grad_cells is not None and type(grad_cells) is not ndarray:
-            grad_cells = as_array("grad_cells", grad_cells, self.dtype)
+            grad_cells = as_array("grad_cells", grad_cells, self.compute_dtype)
         x, state, weights = self._stack.reverse(
             tape,
             cast(Any, grad_y),
@@ -725,8 +732,9 @@ class RNN(Recurrent[Array]):
         Whether there are `b_ih` and `b_hh`.
     batch_first : bool
         Whether x and y have the batch before time: `[B, T, .]`. States stay `[L*D, B, H]`.
-    dtype : {"float32", "float64"}
-        Of parameters, inputs and results.
+    dtype : {"float32", "float64", "bfloat16"}
+        Of parameters, inputs and results. In bfloat16, which needs `fastbptt[bfloat16]`, all
+        arithmetic and all gradients, and c, are float32; h is rounded at each step.
     dropout : float
         The part p, from 0 to 1, of the output of every layer but the last that training drops:
         `y * m / (1 - p)` with m 1 or 0 (Srivastava et al. 2014; between layers Zaremba et al.
@@ -851,8 +859,9 @@ class LSTM(Recurrent[tuple[Array, Array]]):
         Whether there are `b_ih` and `b_hh`.
     batch_first : bool
         Whether x and y have the batch before time: `[B, T, .]`. States stay `[L*D, B, H]`.
-    dtype : {"float32", "float64"}
-        Of parameters, inputs and results.
+    dtype : {"float32", "float64", "bfloat16"}
+        Of parameters, inputs and results. In bfloat16, which needs `fastbptt[bfloat16]`, all
+        arithmetic and all gradients, and c, are float32; h is rounded at each step.
     dropout : float
         The part p, from 0 to 1, of the output of every layer but the last that training drops:
         `y * m / (1 - p)` with m 1 or 0 (Srivastava et al. 2014; between layers Zaremba et al.
@@ -892,7 +901,7 @@ class LSTM(Recurrent[tuple[Array, Array]]):
         and 4H, and cannot be in bfloat16.
     tape : {"float32", "bfloat16"}, optional
         The dtype of what training keeps of each step beside x and y, by default that of the layer.
-        In bfloat16, of float32 layers only, it takes half of the memory: the results stay the same
+        In bfloat16, not for float64 layers, it takes half of the memory: the results stay the same
         to the bit, the gradient is that of gates and cells with 8 bits of precision.
     seed : int, optional
         Of the initial parameters, and of what training draws; a new one each time by default.
@@ -1007,12 +1016,15 @@ class LSTM(Recurrent[tuple[Array, Array]]):
         more += [f"{name}=True" for name in ("peephole", "coupled") if getattr(self, name)]
         return super()._arguments() + more
 
-    def _as_state(self, name: str, state: Any) -> Any:
+    def _as_state(self, name: str, state: Any, dtype: np.dtype[Any] | None = None) -> Any:
         if (type(state) is tuple or type(state) is list) and len(state) == 2:
             h, c = state
             if type(h) is ndarray and type(c) is ndarray:
                 return state
-            return as_array(f"{name}[0]", h, self.dtype), as_array(f"{name}[1]", c, self.dtype)
+            return (
+                as_array(f"{name}[0]", h, dtype or self.dtype),
+                as_array(f"{name}[1]", c, self.compute_dtype),
+            )
         return state  # the core says what is wanted
 
 
@@ -1036,8 +1048,9 @@ class GRU(Recurrent[Array]):
         Whether there are `b_ih` and `b_hh`.
     batch_first : bool
         Whether x and y have the batch before time: `[B, T, .]`. States stay `[L*D, B, H]`.
-    dtype : {"float32", "float64"}
-        Of parameters, inputs and results.
+    dtype : {"float32", "float64", "bfloat16"}
+        Of parameters, inputs and results. In bfloat16, which needs `fastbptt[bfloat16]`, all
+        arithmetic and all gradients, and c, are float32; h is rounded at each step.
     dropout : float
         The part p, from 0 to 1, of the output of every layer but the last that training drops:
         `y * m / (1 - p)` with m 1 or 0 (Srivastava et al. 2014; between layers Zaremba et al.
@@ -1068,7 +1081,7 @@ class GRU(Recurrent[Array]):
         step and row in the place of 4H, and cannot be in bfloat16.
     tape : {"float32", "bfloat16"}, optional
         The dtype of what training keeps of each step beside x and y, by default that of the layer.
-        In bfloat16, of float32 layers only, it takes half of the memory: the results stay the same
+        In bfloat16, not for float64 layers, it takes half of the memory: the results stay the same
         to the bit, the gradient is that of gates with 8 bits of precision.
     seed : int, optional
         Of the initial parameters, and of what training draws; a new one each time by default.

@@ -32,8 +32,8 @@ class Linear(Part):
         K and N.
     bias : bool
         Whether there is a bias.
-    dtype : {"float32", "float64"}
-        Of parameters, inputs and results.
+    dtype : {"float32", "float64", "bfloat16"}
+        Of parameters, inputs and results; in bfloat16 the results and all gradients are float32.
     seed : int, optional
         Of the initial parameters, uniform over `[-1/sqrt(K), 1/sqrt(K))` as in PyTorch; a new one
         each time by default.
@@ -124,9 +124,14 @@ class Linear(Part):
         >>> fb.Linear(4, 2, bias=False, seed=0)([[0.0, 0.0, 0.0, 0.0]]).tolist()
         [[0.0, 0.0]]
         """
-        if type(x) is not ndarray:
-            x = as_array("x", x, self.dtype)
-        return _core.linear(x, self._weights["weight"], self._weights.get("bias"))
+        if type(x) is not ndarray or self.dtype != self.compute_dtype:
+            x = self._computed("x", x)
+        weights = self._computed_weights()
+        return _core.linear(x, weights["weight"], weights.get("bias"))
+
+    def _computed_weights(self) -> dict[str, Array]:
+        dtype = self.compute_dtype
+        return {name: weight.astype(dtype, copy=False) for name, weight in self._weights.items()}
 
     def backward(self, x: ArrayLike, grad_y: ArrayLike) -> Gradients[None]:
         """Return the gradients with respect to x and the parameters.
@@ -160,11 +165,11 @@ class Linear(Part):
         >>> grads.x.shape, grads.weights["bias"].tolist()
         ((3, 4), [3.0, 3.0])
         """
-        grads = {name: np.zeros_like(weight) for name, weight in self._weights.items()}
+        grads = self._zero_grads()
         grad_x = _core.linear_backward(
-            as_array("x", x, self.dtype),
-            self._weights["weight"],
-            as_array("grad_y", grad_y, self.dtype),
+            self._computed("x", x),
+            self._computed_weights()["weight"],
+            as_array("grad_y", grad_y, self.compute_dtype),
             grads["weight"],
             grads.get("bias"),
         )

@@ -15,7 +15,6 @@ import numpy as np
 
 from fastbptt import _core
 from fastbptt._arrays import Array, as_array, from_any
-from fastbptt.linear import Linear
 from fastbptt.model import Model
 from fastbptt.source import Source, beside, is_lazy
 
@@ -153,7 +152,8 @@ class _Fused:
     def __init__(
         self, model: Model, target: Source, T: int, B: int, lengths: Array | None, mask: Any
     ) -> None:
-        self._weights = {} if model.readout is None else model.readout.weights
+        self._dtype = model.compute_dtype
+        self._weights = {} if model.readout is None else model.readout._computed_weights()
         self._target = target
         self._lengths = lengths
         self._mask: Source | None = None
@@ -181,12 +181,12 @@ class _Fused:
             return self._take(y, target, counts, grads)
         there = present(self._lengths, begin, end)
         if not there.any():
-            return 0.0, None if grads is None else np.zeros_like(y)
+            return 0.0, None if grads is None else np.zeros(y.shape, self._dtype)
         counts = None if counts is None else counts[there][:, None]
         value, grad = self._take(y[there][:, None], target[there][:, None], counts, grads)
         if grad is None:
             return value, None
-        whole = np.zeros_like(y)
+        whole = np.zeros(y.shape, self._dtype)
         whole[there] = grad[:, 0]
         return value, whole
 
@@ -204,7 +204,7 @@ class _Fused:
         into = grads or {}
         return _core.readout_loss(
             self.kind,
-            y,
+            y.astype(self._dtype, copy=False),
             self._weights.get("weight"),
             self._weights.get("bias"),
             target,
@@ -232,19 +232,19 @@ class _MeanSquare(_Fused):
         self, model: Model, target: Any, T: int, B: int, lengths: Array | None, mask: Any
     ) -> None:
         if not is_lazy(target):
-            target = as_array("target", target, model.dtype)
+            target = as_array("target", target, model.compute_dtype)
         array = Source("target", target, model.batch_first)
         wanted = (*_leading(model, T, B), _width(model))
         if array.shape != wanted:
             raise ValueError(f"target: got shape {array.shape}, wanted {wanted}")
-        if array.dtype != model.dtype:
-            raise TypeError(f"target: got dtype {array.dtype}, wanted {model.dtype}")
+        if array.dtype != model.compute_dtype:
+            raise TypeError(f"target: got dtype {array.dtype}, wanted {model.compute_dtype}")
         size = math.prod(array.shape)
         if size == 0:
             raise _no_target(f"shape {array.shape}")
         super().__init__(model, array, T, B, lengths, mask)
         # A copy unless it lies in order.
-        self.row_bytes = _width(model) * model.dtype.itemsize + (0 if mask is None else 1)
+        self.row_bytes = _width(model) * model.compute_dtype.itemsize + (0 if mask is None else 1)
         self._row_size = size // (T * B)
         self._rows = B
         if self._count(0, T) == 0:
@@ -365,7 +365,8 @@ class _Custom:
         lengths: Array | None,
     ) -> None:
         self._lengths = lengths
-        self._readout: Linear | None = model.readout
+        self._dtype = model.compute_dtype
+        self._weights = None if model.readout is None else model.readout._computed_weights()
         self._loss = loss
         self._target = target
         self._batch_first = model.batch_first
@@ -384,12 +385,13 @@ class _Custom:
     def __call__(
         self, y: Array, begin: int, end: int, grads: dict[str, Array] | None
     ) -> tuple[float, Array | None]:
-        output = (
-            y if self._readout is None else _core.linear(y, *self._readout_weights(), cuts=True)
-        )
+        output = y = y.astype(self._dtype, copy=False)
+        weights = self._weights
+        if weights is not None:
+            output = _core.linear(y, weights["weight"], weights.get("bias"), cuts=True)
         if self._lengths is not None:
             away = ~present(self._lengths, begin, end)
-            if self._readout is not None:  # else it is zero there already
+            if weights is not None:  # else it is zero there already
                 output[away] = 0.0
         if self._batch_first:
             output = output.swapaxes(0, 1)
@@ -408,26 +410,22 @@ class _Custom:
             grad = grad.swapaxes(0, 1)
         if self._lengths is not None:
             grad = np.where(away[..., None], np.zeros((), grad.dtype), grad)
-        if self._readout is None:
+        if weights is None:
             return value, grad
-        weight, _ = self._readout_weights()
-        return value, _core.linear_backward(y, weight, grad, grads["weight"], grads.get("bias"))
+        into = grads["weight"], grads.get("bias")
+        return value, _core.linear_backward(y, weights["weight"], grad, *into)
 
     def beside(
         self, y: Array, stretches: Sequence[slice], grads: dict[str, Array]
     ) -> tuple[float, Array]:
         loss, B = 0.0, y.shape[1] // len(stretches)
-        grad_y = np.empty_like(y)
+        grad_y = np.empty(y.shape, self._dtype)
         for place, stretch in enumerate(stretches):
             rows = slice(place * B, (place + 1) * B)
             part = np.ascontiguousarray(y[:, rows])
             value, grad_y[:, rows] = self(part, stretch.start, stretch.stop, grads)
             loss += value
         return loss, grad_y
-
-    def _readout_weights(self) -> tuple[Array, Array | None]:
-        assert self._readout is not None
-        return self._readout.weights["weight"], self._readout.weights.get("bias")
 
 
 def as_pair(result: Any) -> tuple[float, Any]:

@@ -99,25 +99,28 @@ def needs_of(
     batch : dict, optional
         What the core is to know of the batch beside x.
     """
-    layer, item = model.recurrent, model.dtype.itemsize
+    layer, item, wide = model.recurrent, model.dtype.itemsize, model.compute_dtype.itemsize
     cells = layer.directions * layer.hidden_size if layer.kind == "LSTM" else 0
-    states = layer.num_layers * (layer.output_size + cells) * item
+    states = layer.num_layers * (layer.output_size * item + cells * wide)
+    wide_states = layer.num_layers * (layer.output_size + cells) * wide
     # y, and x where it is made, wait for the way back; the others are there for a piece only.
     kept = layer.output_size * item + read_bytes
-    passing = layer.output_size * item + target_bytes
+    passing = layer.output_size * wide + target_bytes
+    if item != wide:
+        passing += layer.output_size * wide  # y of the piece as the loss takes it
     if model.embedding is not None:
         kept += layer.input_size * item
         passing += 8
     if input_gradient or model.embedding is not None:
-        passing += layer.input_size * item
+        passing += layer.input_size * wide
     out = layer.output_size if model.readout is None else model.readout.out_features
     if not in_pieces:
-        passing += 2 * out * item
+        passing += 2 * out * wide
     starts = 0
     if batch and "lengths" in batch:
-        passing += 2 * layer.output_size * item + target_bytes  # the rows that are there, apart
+        passing += 2 * layer.output_size * wide + target_bytes  # the rows that are there, apart
         # A tape holds the states where the number of rows changes, and where it begins.
-        starts = (len(set(batch["lengths"].tolist())) + 1) * B * states
+        starts = (len(set(batch["lengths"].tolist())) + 1) * B * wide_states
 
     tape_step = layer._stack.tape_nbytes(1, B)
 
@@ -126,9 +129,11 @@ def needs_of(
         readout = _core.readout_nbytes(
             layer.output_size if model.readout is not None else 1, out, piece * B, item == 8
         )
+        if item != wide and model.readout is not None:
+            readout += (layer.output_size + 1) * out * wide
         session = layer._stack.session(T, B, piece, batch).nbytes
         # The present state, dL/dstate and what a call returns of both.
-        now = piece * B * passing + 4 * B * states
+        now = piece * B * passing + 4 * B * wide_states
         # The ends of blocks: of each piece its tape, y and x.
         unit = _BLOCK_UNIT if piece * tape_step >= _LARGE_BLOCK else _PAGE
         pieces = -(-longest // piece)

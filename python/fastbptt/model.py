@@ -92,8 +92,13 @@ class Model:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Of all parameters and of the output."""
+        """Of all parameters and of the output; but what a readout of bfloat16 gives is float32."""
         return self.recurrent.dtype
+
+    @property
+    def compute_dtype(self) -> np.dtype[Any]:
+        """Of arithmetic and gradients: float32 for a model of bfloat16, else `dtype`."""
+        return self.recurrent.compute_dtype
 
     @property
     def batch_first(self) -> bool:

@@ -245,6 +245,8 @@ def check_rule(rule: Any, model: Model) -> None:
         wanted = ", ".join(kind.__name__ for kind in _RULES)
         raise TypeError(f"rule: got {name}, wanted one of {wanted}")
     layer = model.recurrent
+    if layer.dtype != layer.compute_dtype:
+        raise ValueError(f"model: got {layer!r}, and a stream wants float32 or float64")
     for name, value in layer._settings().items():
         if name not in _KNOWN and value:
             raise ValueError(

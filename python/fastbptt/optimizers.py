@@ -3,6 +3,10 @@
 A step goes through the parameters in blocks that stay in the cache, with scratch memory for one
 block, so it makes no temporary arrays of the size of a parameter. Small parameters share a block:
 for them the calls of NumPy cost more than the arithmetic.
+
+Of a parameter in bfloat16 an optimiser keeps a copy in float32, which is what a step changes and
+whose rounding the parameter becomes (Micikevicius et al. 2018): most steps are too small for
+bfloat16, and would be lost one by one.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from fastbptt._arrays import Array, as_bool, as_finite
+from fastbptt._arrays import Array, as_bool, as_finite, compute_dtype
 from fastbptt._part import listed
 
 # Numbers that a step goes through at a time.
@@ -80,7 +84,7 @@ class Optimizer:
         if not parameters:
             raise ValueError("parameters: got none, wanted at least one")
         for name, array in parameters.items():
-            _check_floats(f"parameters[{name!r}]", array)
+            _check_floats(f"parameters[{name!r}]", array, narrow=True)
             if not (array.flags.writeable and array.flags.c_contiguous):
                 raise ValueError(
                     f"parameters[{name!r}]: wanted a writable C-contiguous array: it is updated "
@@ -88,10 +92,35 @@ class Optimizer:
                 )
         self.lr = lr
         self._parameters = dict(parameters)
-        self._blocks = list(_divided(self._parameters))
+        self._masters = {
+            name: array.astype(compute_dtype(array.dtype))
+            for name, array in parameters.items()
+            if array.dtype != compute_dtype(array.dtype)
+        }
+        self._arrange()
+
+    def _arrange(self) -> None:
+        """Make what consists of views, which no copy of the optimiser may take along."""
+        self._updated = self._parameters | self._masters
+        self._blocks = list(_divided(self._updated))
         # By kind and dtype, as long as all parameters of the dtype; by kind and name, views of it.
         self._rows: dict[str, dict[Any, Array]] = {}
         self._buffers: dict[str, dict[str, Array]] = {}
+        if self._masters:
+            self._buffers["master"] = self._masters
+
+    def __getstate__(self) -> dict[str, Any]:
+        views = ("_updated", "_blocks", "_rows")
+        return {name: value for name, value in self.__dict__.items() if name not in views}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        values = self._buffers
+        self._arrange()
+        self._add_buffers(*(kind for kind in values if kind not in self._buffers))
+        for kind, buffers in self._buffers.items():
+            for name, buffer in buffers.items():
+                np.copyto(buffer, values[kind][name])
 
     @property
     def lr(self) -> float:
@@ -104,13 +133,13 @@ class Optimizer:
 
     def _add_buffers(self, *kinds: str) -> None:
         sizes: dict[Any, int] = {}
-        for parameter in self._parameters.values():
+        for parameter in self._updated.values():
             sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.size
         for kind in kinds:
             self._rows[kind] = rows = {dtype: np.zeros(n, dtype) for dtype, n in sizes.items()}
             ends = dict.fromkeys(sizes, 0)
             self._buffers[kind] = views = {}
-            for name, parameter in self._parameters.items():
+            for name, parameter in self._updated.items():
                 begin = ends[parameter.dtype]
                 ends[parameter.dtype] = end = begin + parameter.size
                 views[name] = rows[parameter.dtype][begin:end].reshape(parameter.shape)
@@ -123,7 +152,8 @@ class Optimizer:
         Parameters
         ----------
         grads : mapping of str to ndarray
-            A gradient for each parameter, under its name, of its shape and dtype; not changed.
+            A gradient for each parameter, under its name, of its shape and dtype, or of float32 for
+            bfloat16; not changed.
 
         Raises
         ------
@@ -141,12 +171,13 @@ class Optimizer:
         >>> weight.tolist()
         [0.5, 2.5]
         """
-        checked = _checked("grads", grads, self._parameters)
+        checked = _checked("grads", grads, self._updated)
         longest = max((block.end - block.begin for block in self._blocks), default=0)
         scratch = {
             dtype: np.empty((4, longest), dtype) for dtype in {b.dtype for b in self._blocks}
         }
         self._begin()
+        self._follow_parameters()
         with np.errstate(all="ignore"):  # what is not finite shows in the next loss
             for block in self._blocks:
                 begin, end = block.begin, block.end
@@ -155,6 +186,22 @@ class Optimizer:
                 buffers = [rows[block.dtype][begin:end] for rows in self._rows.values()]
                 self._update(parameter, grad, buffers, first[: end - begin], second[: end - begin])
                 block.scatter(parameter)
+            for parameter, master in self._narrow_pieces():
+                parameter[...] = master
+
+    def _follow_parameters(self) -> None:
+        """Take over what others have written into narrow parameters since the last step."""
+        with np.errstate(all="ignore"):
+            for parameter, master in self._narrow_pieces():
+                written = parameter != master.astype(parameter.dtype)
+                master[written] = parameter[written]
+
+    def _narrow_pieces(self) -> Iterator[tuple[Array, Array]]:
+        """Yield the pieces of parameters in bfloat16, and of their copies in float32."""
+        for name, master in self._masters.items():
+            narrow, wide = self._parameters[name].reshape(-1), master.reshape(-1)
+            for begin in range(0, wide.size, _BLOCK):
+                yield narrow[begin : begin + _BLOCK], wide[begin : begin + _BLOCK]
 
     def _begin(self) -> None:
         """Count the step, where that matters."""
@@ -183,7 +230,8 @@ class Optimizer:
         Returns
         -------
         dict
-            Arrays under names such as "exp_avg.0.weight"; for Adam also the number of steps.
+            Arrays under names such as "exp_avg.0.weight"; for Adam also the number of steps, and
+            for parameters in bfloat16 their copies in float32, "master.0.weight".
 
         Examples
         --------
@@ -272,7 +320,7 @@ class Adam(Optimizer):
     ValueError
         A number is out of range, or a parameter read-only or not contiguous.
     TypeError
-        A parameter is no array of float32 or float64, or an option no number.
+        A parameter is no array of float32, float64 or bfloat16, or an option no number.
 
     Examples
     --------
@@ -363,7 +411,7 @@ class SGD(Optimizer):
         A number is out of range, `nesterov` without momentum, or a parameter is read-only or not
         contiguous.
     TypeError
-        A parameter is no array of float32 or float64, or an option has the wrong type.
+        A parameter is no array of float32, float64 or bfloat16, or an option has the wrong type.
 
     Examples
     --------
@@ -443,7 +491,7 @@ class RMSprop(Optimizer):
     ValueError
         A number is out of range, or a parameter read-only or not contiguous.
     TypeError
-        A parameter is no array of float32 or float64, or an option has the wrong type.
+        A parameter is no array of float32, float64 or bfloat16, or an option has the wrong type.
 
     Examples
     --------
@@ -616,9 +664,11 @@ def _check_names(what: str, values: Any, wanted: Mapping[str, Any]) -> None:
         raise ValueError(f"{what}: {'; '.join(faults)}")
 
 
-def _check_floats(what: str, array: Any) -> None:
+def _check_floats(what: str, array: Any, narrow: bool = False) -> None:
     if not isinstance(array, np.ndarray):
         raise TypeError(f"{what}: got {type(array).__name__}, wanted an array")
+    if narrow and array.dtype.name == "bfloat16":
+        return
     if array.dtype not in (np.float32, np.float64):
         raise TypeError(f"{what}: got dtype {array.dtype}, wanted float32 or float64")
 

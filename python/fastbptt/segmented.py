@@ -161,10 +161,7 @@ class _Run:
         self._batch = batch
         self._loss = 0.0
         self._last: Any = None
-        self._grads = [
-            {name: np.zeros_like(weight) for name, weight in part.weights.items()}
-            for part in model.parts
-        ]
+        self._grads = [part._zero_grads() for part in model.parts]
 
     def do(self, segments: Sequence[Segment], state: Any) -> None:
         """Run segments of the same shape beside each other, forward and back."""

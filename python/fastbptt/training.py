@@ -11,7 +11,6 @@ from numpy.typing import ArrayLike
 
 from fastbptt import _core
 from fastbptt._arrays import Array, as_array, as_lengths
-from fastbptt._part import Part
 from fastbptt.checkpointing import Checkpointed, plan
 from fastbptt.losses import Loss, Objective, make_objective
 from fastbptt.memory import RUN_AT_ONCE, as_text, available, needs_of, steps_at_once
@@ -270,8 +269,8 @@ def _check_grad_x(grad_x: Any, source: _Input, model: Model) -> None:
         raise TypeError(f"grad_x: got {type(grad_x).__name__}, wanted a NumPy array")
     if grad_x.shape != source.source.shape:
         raise ValueError(f"grad_x: got shape {grad_x.shape}, wanted {source.source.shape}")
-    if grad_x.dtype != model.dtype:
-        raise TypeError(f"grad_x: got dtype {grad_x.dtype}, wanted {model.dtype}")
+    if grad_x.dtype != model.compute_dtype:
+        raise TypeError(f"grad_x: got dtype {grad_x.dtype}, wanted {model.compute_dtype}")
     if not grad_x.flags.writeable:
         raise ValueError("grad_x: got a read-only array, wanted a writable one")
 
@@ -528,8 +527,8 @@ class _Run:
             self._grad_x = grad_x.swapaxes(0, 1) if model.batch_first else grad_x
         # The core adds to these; the recurrent layer's come from the session.
         embedding, readout = model.embedding, model.readout
-        self._embedding_grads = {} if embedding is None else _zeros_like(embedding)
-        self._readout_grads = {} if readout is None else _zeros_like(readout)
+        self._embedding_grads = {} if embedding is None else embedding._zero_grads()
+        self._readout_grads = {} if readout is None else readout._zero_grads()
 
     def do(self, action: Action) -> None:
         """Do one action."""
@@ -608,7 +607,7 @@ class _Run:
         self._steps_with_loss += piece.t1 - begin
         if skipped == 0:
             return grad
-        whole = np.zeros_like(piece.y)
+        whole = np.zeros(piece.y.shape, self._model.compute_dtype)
         whole[skipped:] = grad
         return whole
 
@@ -633,7 +632,3 @@ class _Run:
     def _expect(self, action: Action, possible: bool) -> None:
         if not possible:
             raise ValueError(f"schedule: its plan has {action} where that cannot be done")
-
-
-def _zeros_like(part: Part) -> dict[str, Array]:
-    return {name: np.zeros_like(weight) for name, weight in part.weights.items()}

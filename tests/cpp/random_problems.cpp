@@ -27,7 +27,7 @@ constexpr double most_flops = 6e6;
 // Within this a rounding error may decide whether an error passes a relu.
 constexpr double relu_margin = 1e-5;
 
-constexpr double bfloat16_unit = 1.0 / 512;
+constexpr double bfloat16_unit = 1.0 / 256;
 
 struct Options {
   StackShape shape;
@@ -248,7 +248,7 @@ class StackProblem {
 
     // The roundings of a narrow tape are larger than any of the arithmetic.
     const double near =
-        o_.shape.options.narrow_tape ? std::max(allowed, 8 * bfloat16_unit) : allowed;
+        o_.shape.options.narrow_tape ? std::max(allowed, 4 * bfloat16_unit) : allowed;
     const SequenceArray<S> grad_x(o_.dx, o_.T, o_.B, o_.shape.input_size, o_.offset);
     const StateArrays<S> grad_initial(o_.shape, o_.B, o_.offset);
     const WeightArrays<S> grads(o_.shape, o_.bias, o_.offset);

@@ -65,11 +65,14 @@ struct Batch {
   const bool* mask = nullptr;
 };
 
-// Elements of the tape of a whole batch: the layers' own tapes, y of all layers but the last, and,
-// with lengths, the states where the number of rows changes.
+// Elements of the tape of a whole batch with x and y of type E: the layers' own tapes, y of all
+// layers but the last, and, with lengths, the states where the number of rows changes. They are of
+// type Arithmetic<E>, and for float and double equally many.
+template <class E = float>
 Index tape_size(const StackShape& shape, const Batch& batch);
-inline Index tape_size(const StackShape& shape, Index T, Index B) {
-  return tape_size(shape, Batch{T, B});
+template <class E = float>
+Index tape_size(const StackShape& shape, Index T, Index B) {
+  return tape_size<E>(shape, Batch{T, B});
 }
 
 // Puts the tape of one step into the tape of T steps as its step t; of one direction.
@@ -83,12 +86,15 @@ void copy_tape_step(const StackShape& shape, Index B, const S* step, S* tape, In
 //   initial, final  [L*D, B, H], h with P; initial.h null: the learned state, or zeros; may not
 //   overlap begin  the step of the sequence that they begin with; with two directions 0, and n is T
 //   cells  [n, B, D*H], every c of the last layer; data null: not wanted
-template <class S>
+// E is the type of x and y, float, double or Bfloat16; h is then rounded to what bfloat16 has
+// wherever it is made, and initial.h must be so.
+template <class E>
 struct Forward {
+  using S = Arithmetic<E>;
   Index steps;
-  Sequence<const S> x;
+  Sequence<const E> x;
   State<const S> initial;
-  Sequence<S> y;
+  Sequence<E> y;
   State<S> final;
   Index begin = 0;
   Sequence<S> cells{};
@@ -117,14 +123,16 @@ struct Reverse {
 // and the sums of the weight gradients, which go on from part to part. So where a sequence is cut
 // does not change a bit, as long as it is reversed from its end to its beginning. Memory is taken
 // when a verb first needs it. The weights must stay where and as they are. One call at a time;
-// after an Interrupted the gradients are lost.
-template <class S>
+// after an Interrupted the gradients are lost. With x, y and weights in bfloat16 all arithmetic and
+// all gradients are float's, as if h were not rounded.
+template <class E>
 class Session {
  public:
+  using S = Arithmetic<E>;
   // weights: one a layer. What the batch points to is read here only.
-  Session(const StackShape& shape, const Weights<const S>* weights, const Batch& batch,
+  Session(const StackShape& shape, const Weights<const E>* weights, const Batch& batch,
           Index longest);
-  Session(const StackShape& shape, const Weights<const S>* weights, const Batch& batch)
+  Session(const StackShape& shape, const Weights<const E>* weights, const Batch& batch)
       : Session(shape, weights, batch, batch.T) {}
   ~Session();
 
@@ -132,11 +140,11 @@ class Session {
   Index tape_size(Index begin, Index steps) const;
 
   // y and the final state; keeps nothing.
-  void advance(const Forward<S>& run, Interrupt interrupt = {});
+  void advance(const Forward<E>& run, Interrupt interrupt = {});
   // y, the final state, and the tape.
-  void record(const Forward<S>& run, S* tape, Interrupt interrupt = {});
+  void record(const Forward<E>& run, S* tape, Interrupt interrupt = {});
   // grad_x and grad_initial; gathers the weight gradients.
-  void reverse(const Forward<S>& run, const Reverse<S>& grad, Interrupt interrupt = {});
+  void reverse(const Forward<E>& run, const Reverse<S>& grad, Interrupt interrupt = {});
   // Writes the weight gradients that were gathered, one a layer, or adds them to what is there;
   // null biases and learned states are skipped, and layers with a null w_ih. Once, at the end.
   void finish(const Weights<S>* grad_weights, bool add = false);

@@ -17,6 +17,10 @@ struct Bfloat16 {
 template <class S>
 using Narrow = std::conditional_t<std::is_const_v<S>, const Bfloat16, Bfloat16>;
 
+// What values of type E are computed in.
+template <class E>
+using Arithmetic = std::conditional_t<std::is_same_v<E, Bfloat16>, float, E>;
+
 enum class Cell { rnn_tanh, rnn_relu, lstm, gru, gru_reset_before, lstm_coupled };
 
 // Rows of blocks of H in the weights, in PyTorch's order: h; i,f,g,o; r,z,n; f,g,o.

@@ -79,6 +79,7 @@ struct ForwardJob {
   Team team;
   S* scratch;  // forward_scratch elements
   StepOptions<S> options{};
+  bool narrow_y = false;  // whether y is rounded to what bfloat16 has; of float only
 };
 
 template <class S>

@@ -300,11 +300,31 @@ class ForwardLayer {
     return u;
   }
 
+  // y as the steps behind it and the caller see it.
+  FASTBPTT_INLINE void round_y(Index t, Index b, Index first) const {
+    if constexpr (std::is_same_v<S, float>) {
+      if (!job_.narrow_y) return;
+      S* const y = job_.y.at(t, b) + first;
+      const Index n = Panels<S, Cell>::valid(panels_.R, first);
+      store(y, rounded_to_bfloat16(load(y, n)), n);
+    }
+  }
+
   // The cell, from the sums of one row.
   FASTBPTT_INLINE void finish(Index t, Index j, Index b, const S* sums) const {
-    if constexpr (Cell::second != Second::projection) {
-      if (optioned_) return finish_optioned(t, j, b, sums);
+    if constexpr (Cell::second == Second::projection) {
+      cell(t, j, b, sums);
+    } else {
+      optioned_ ? finish_optioned(t, j, b, sums) : cell(t, j, b, sums);
     }
+    if constexpr (Cell::second == Second::none) {
+      for (Index q = 0; q < (Cell::wide ? panels_.packets(j) : 1); ++q) {
+        round_y(t, b, panels_.unit(j, q));
+      }
+    }
+  }
+
+  FASTBPTT_INLINE void cell(Index t, Index j, Index b, const S* sums) const {
     if constexpr (Cell::wide) {
       for (Index q = 0; q < panels_.packets(j); ++q) {
         Cell::forward(sums + q * p, unit(t, b, panels_.unit(j, q)));
@@ -367,6 +387,7 @@ class ForwardLayer {
     } else {
       Cell::forward_candidate(sum, unit(t, b, first));
     }
+    round_y(t, b, first);
   }
 
   void add_second_directly(Index b, Index first, S* sum) const {

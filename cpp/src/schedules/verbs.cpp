@@ -7,6 +7,11 @@
 // In one direction the layers take turns in each chunk, while it is in the cache. With two a layer
 // needs the last step of the one below first, so each runs through all of time before the next.
 // Backwards in time a kernel runs over sequences with negative strides, and knows nothing of it.
+//
+// The kernels know no bfloat16 but in their tape. Where x and y are that, and between the layers
+// too, a chunk of x is widened before a kernel reads it, and y narrowed behind the one that wrote
+// it; so do the chunks of rows that lie unevenly in the caller's memory. What is as long as the
+// sequence exists in bfloat16 alone.
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -149,22 +154,26 @@ Index chunk_steps(const StackShape& s, Index rows, Index T) {
 
 // Where the parts of a tape lie: each layer's own, then y of every layer but the last, each block
 // behind the one before; then, where lengths differ, the states that the blocks begin with.
-template <class S>
+template <class S, class E = S>
 struct TapeLayout {
   const StackShape& shape;
   const Blocks& blocks;
   bool states;
   Index width() const { return shape.layer(0).tape_size(); }
   bool narrow() const { return shape.options.narrow_tape; }
-  // Elements of S that a layer's own tape takes.
-  Index own() const {
-    constexpr Index halves = sizeof(S) / sizeof(Bfloat16);
-    const Index values = blocks.rows * width();
-    return narrow() ? (values + halves - 1) / halves : values;
+  // Elements of S that a layer's own tape takes, and y of a layer.
+  template <class V>
+  static Index taken(Index values) {
+    return (values * Index(sizeof(V)) + Index(sizeof(S)) - 1) / Index(sizeof(S));
   }
+  Index own() const {
+    const Index values = blocks.rows * width();
+    return narrow() ? taken<Bfloat16>(values) : values;
+  }
+  Index own_y() const { return taken<E>(blocks.rows * y_width()); }
   Index y_width() const { return shape.directions * shape.output_size(); }
   Index y_offset() const { return shape.layers() * own(); }
-  Index h_offset() const { return y_offset() + (shape.num_layers - 1) * blocks.rows * y_width(); }
+  Index h_offset() const { return y_offset() + (shape.num_layers - 1) * own_y(); }
   Index c_offset() const {
     return h_offset() + (states ? shape.layers() * blocks.starts * shape.output_size() : 0);
   }
@@ -173,7 +182,7 @@ struct TapeLayout {
     return c_offset() + (cells ? shape.layers() * blocks.starts * shape.hidden_size : 0);
   }
   S* layer(S* tape, Index k) const { return tape + k * own(); }
-  S* y(S* tape, Index l) const { return tape + y_offset() + l * blocks.rows * y_width(); }
+  E* y(S* tape, Index l) const { return reinterpret_cast<E*>(tape + y_offset() + l * own_y()); }
   State<S> start(S* tape, Index k, const Block& block) const {
     const Index row = k * blocks.starts + block.before;
     return {tape + h_offset() + row * shape.output_size(),
@@ -202,6 +211,34 @@ void copy_rows(const LayerShape& s, Index n, State<const S> from, From&& row, St
   };
   copy(from.h, to.h, s.output_size());
   if (has_cell_state(s.cell)) copy(from.c, to.c, s.hidden_size);
+}
+
+template <class S>
+S widened(S value) {
+  return value;
+}
+float widened(Bfloat16 value) {
+  const std::uint32_t bits = std::uint32_t(value.bits) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof wide);
+  return wide;
+}
+
+// n values to where another type stands for them. Narrowed are only those that bfloat16 has, as the
+// kernels round what they write.
+template <class S>
+void copy_values(const S* from, Index n, S* to) {
+  std::copy_n(from, n, to);
+}
+void copy_values(const Bfloat16* from, Index n, float* to) {
+  for (Index i = 0; i < n; ++i) to[i] = widened(from[i]);
+}
+void copy_values(const float* from, Index n, Bfloat16* to) {
+  for (Index i = 0; i < n; ++i) {
+    std::uint32_t bits;
+    std::memcpy(&bits, from + i, sizeof bits);
+    to[i].bits = static_cast<std::uint16_t>(bits >> 16);
+  }
 }
 
 template <class S>
@@ -289,9 +326,11 @@ Sequence<const S> read_only(const Sequence<S>& all) {
 
 }  // namespace
 
-template <class S>
-struct Session<S>::Data {
+template <class E>
+struct Session<E>::Data {
+  static constexpr bool narrow = !std::is_same_v<E, S>;
   StackShape shape;
+  Buffer<S> wide_weights;  // where the caller's are narrow
   std::vector<Weights<const S>> weights;
   Index B;
   Lengths lengths;
@@ -311,9 +350,9 @@ struct Session<S>::Data {
   std::unique_ptr<ReverseMemory<S>> reverse_memory;
   std::vector<S> grad_learned;  // of the learned states, by layer, h and then c
 
-  Data(const StackShape& s, const Weights<const S>* w, const Batch& batch, Index most_steps)
+  Data(const StackShape& s, const Weights<const E>* w, const Batch& batch, Index most_steps)
       : shape(s),
-        weights(w, w + s.layers()),
+        weights(in_arithmetic(w)),
         B(batch.B),
         lengths(batch),
         packed(batch.packed),
@@ -332,6 +371,35 @@ struct Session<S>::Data {
     if (batch.seed) draw_recurrent_masks();
     for_sizes([&](Index steps, Index rows) { capacity = std::max(capacity, steps * rows); });
     if (learns_state()) grad_learned.assign(shape.layers() * state_width(), S(0));
+  }
+
+  std::vector<Weights<const S>> in_arithmetic(const Weights<const E>* given) {
+    std::vector<Weights<const S>> all(shape.layers());
+    Index size = 0;
+    const auto for_each = [&](auto&& f) {
+      for (Index k = 0; k < shape.layers(); ++k) {
+        for (int which = 0; which < weights_a_layer; ++which) {
+          const WeightShape w = weight_shape(shape.layer(k), which);
+          const E* const from = given[k].*weight_member<const E>[which];
+          if (from) f(from, w.rows * std::max<Index>(1, w.columns), k, which);
+        }
+      }
+    };
+    if constexpr (narrow) {
+      for_each([&](const E*, Index n, Index, int) { size += n; });
+      wide_weights = Buffer<S>(size);
+    }
+    S* next = wide_weights.data();
+    for_each([&](const E* from, Index n, Index k, int which) {
+      if constexpr (narrow) {
+        copy_values(from, n, next);
+        all[k].*weight_member<const S>[which] = next;
+        next += n;
+      } else {
+        all[k].*weight_member<const S>[which] = from;
+      }
+    });
+    return all;
   }
 
   static const LayerKernels<S>& kernel() { return kernels().layer<S>(); }
@@ -365,10 +433,6 @@ struct Session<S>::Data {
   Index state_width() const {
     return shape.output_size() + (has_cell_state(shape.cell) ? shape.hidden_size : 0);
   }
-  bool uneven() const {
-    return std::any_of(parts.begin(), parts.end(), [](const Part& part) { return !part.even; });
-  }
-
   // Calls f(steps, rows) for each size that a chunk can have.
   template <class F>
   void for_sizes(F&& f) const {
@@ -380,6 +444,13 @@ struct Session<S>::Data {
         last = rows;
       }
     }
+  }
+
+  // Of an x that a layer gets from a chunk of its own: the others take y of the layer below as it
+  // is.
+  Index most_columns() const {
+    const bool between = narrow && shape.num_layers > 1;
+    return between ? std::max(shape.input_size, y_width()) : shape.input_size;
   }
 
   ForwardMemory<S> lay_out_forward() const {
@@ -398,10 +469,11 @@ struct Session<S>::Data {
         return memory.arena.reserve(needed ? capacity * columns : 0);
       };
       memory.scratch.push_back(memory.arena.reserve(scratch));
+      const bool in_chunks = narrow || !parts[p].even;
       memory.middle.push_back(chunk(L > 1 && shape.directions == 1, 2 * y_width()));
       memory.dropped.push_back(chunk(drops, y_width()));
-      memory.x.push_back(chunk(!parts[p].even, shape.input_size));
-      memory.y.push_back(chunk(!parts[p].even, shape.output_size()));
+      memory.x.push_back(chunk(in_chunks, most_columns()));
+      memory.y.push_back(chunk(in_chunks, shape.output_size()));
       memory.cells.push_back(chunk(!parts[p].even, cells_width()));
     }
     return memory;
@@ -429,8 +501,9 @@ struct Session<S>::Data {
       memory.middle.push_back(chunk(L > 1 && !both, 2 * R));
       memory.dropped.push_back(chunk(drops, y_width()));
       memory.mask.push_back(chunk(drops, y_width()));
-      memory.x.push_back(chunk(!part.even, shape.input_size));
-      memory.y.push_back(memory.arena.reserve(part.even ? 0 : (capacity + part.rows) * R));
+      const bool in_chunks = narrow || !part.even;
+      memory.x.push_back(chunk(in_chunks, most_columns()));
+      memory.y.push_back(memory.arena.reserve(in_chunks ? (capacity + part.rows) * R : 0));
       memory.grad_y.push_back(chunk(!part.even, R));
       memory.grad_cells.push_back(chunk(!part.even, cells_width()));
       memory.restart.push_back(
@@ -569,7 +642,7 @@ struct Session<S>::Data {
 
   // One call of a verb, as one thread sees it.
   struct Walk {
-    const Forward<S>& run;
+    const Forward<E>& run;
     const Blocks& blocks;
     const Part& part;
     Index p;
@@ -584,31 +657,31 @@ struct Session<S>::Data {
   }
 
   // The rows of a chunk in an array of the session's own, [rows of time x batch, columns].
-  template <class E>
-  Sequence<E> inside(const Walk& w, const Chunk& c, E* base, Index columns, Index from) const {
+  template <class T>
+  Sequence<T> inside(const Walk& w, const Chunk& c, T* base, Index columns, Index from) const {
     const Block& b = *c.block;
     return {base + (b.first + (c.t0 - b.t0) * b.rows + w.part.first) * columns + from,
             b.rows * columns, w.part.stride * columns};
   }
 
   // The tape of layer k in a chunk, in the order of direction d.
-  template <class E>
-  Tape<E> kernel_tape(const Walk& w, const Chunk& c, const TapeLayout<E>& layout, E* tape, Index k,
-                      Index d) const {
-    E* const own = layout.layer(tape, k);
+  template <class T, class Y>
+  Tape<T> kernel_tape(const Walk& w, const Chunk& c, const TapeLayout<T, Y>& layout, T* tape,
+                      Index k, Index d) const {
+    T* const own = layout.layer(tape, k);
     const auto steps = [&](auto* base) {
       return directed(inside(w, c, base, layout.width(), 0), c.steps(), d);
     };
-    if (layout.narrow()) return {{}, steps(reinterpret_cast<Narrow<E>*>(own))};
+    if (layout.narrow()) return {{}, steps(reinterpret_cast<Narrow<T>*>(own))};
     return {steps(own), {}};
   }
 
   // The steps of a chunk in a sequence of the caller's, and its rows, if they lie evenly.
-  template <class E>
-  Sequence<E> outside(const Walk& w, const Chunk& c, const Sequence<E>& all) const {
+  template <class T>
+  Sequence<T> outside(const Walk& w, const Chunk& c, const Sequence<T>& all) const {
     if (!all.data) return all;
     const Block& b = *c.block;
-    Sequence<E> own = all;
+    Sequence<T> own = all;
     if (packed) {
       own.step = b.rows * all.row;
       own.data = all.data + (b.first + (c.t0 - b.t0) * b.rows) * all.row;
@@ -619,17 +692,47 @@ struct Session<S>::Data {
     return {own.at(0, w.part.row), own.step, w.part.row_stride * all.row};
   }
 
+  // Whose row j of the part is in a sequence of the session's, or, as outside() gave it, the
+  // caller's.
+  enum class Whose { own, callers };
+  Index row_in(const Walk& w, Whose whose, Index j) const {
+    return whose == Whose::own || w.part.even ? j : lengths.row(w.part.rank(j));
+  }
+
   // Steps [from, n) of a chunk, in the order of direction d, copied to rows that follow each other.
-  Sequence<const S> gathered(const Walk& w, const Chunk& c, const Sequence<const S>& all, Index d,
-                             Index from, Index columns, S* to) const {
-    const Sequence<const S> own = directed(all, c.steps(), d);
+  template <class T>
+  Sequence<const S> gathered(const Walk& w, const Chunk& c, Whose whose,
+                             const Sequence<const T>& all, Index d, Index from, Index columns,
+                             S* to) const {
+    const Sequence<const T> own = directed(all, c.steps(), d);
     each(w.team, c.steps() - from, [&](Index s) {
       for (Index j = 0; j < c.rows; ++j) {
-        std::copy_n(own.at(from + s, lengths.row(w.part.rank(j))), columns,
+        copy_values(own.at(from + s, row_in(w, whose, j)), columns,
                     to + (s * c.rows + j) * columns);
       }
     });
     return {to - from * c.rows * columns, c.rows * columns, columns};
+  }
+  // The same back: rows that follow each other to columns [first, first + columns) of a sequence.
+  template <class T>
+  void scatter(const Walk& w, const Chunk& c, Whose whose, const Sequence<S>& from, Index d,
+               Index columns, Index first, const Sequence<T>& all) const {
+    const Sequence<T> to = directed(all, c.steps(), d);
+    each(w.team, c.steps(), [&](Index s) {
+      for (Index j = 0; j < c.rows; ++j) {
+        copy_values(from.at(s, j), columns, to.at(s, row_in(w, whose, j)) + first);
+      }
+    });
+  }
+  // Where the kernels can take it as it lies, it is not copied.
+  template <class T>
+  Sequence<const S> in_place_or_gathered(const Walk& w, const Chunk& c, Whose whose,
+                                         const Sequence<const T>& all, Index d, Index from,
+                                         Index columns, S* to) const {
+    if constexpr (std::is_same_v<T, S>) {
+      if (!all.data || whose == Whose::own || w.part.even) return directed(all, c.steps(), d);
+    }
+    return gathered(w, c, whose, all, d, from, columns, to);
   }
 
   // x of a layer: the caller's, or what the one below gave, after the dropout, whose mask stays
@@ -638,11 +741,10 @@ struct Session<S>::Data {
   Sequence<const S> input(const Walk& w, const Chunk& c, Index l, Index d, S* gather, S* mask,
                           S* dropped, Below&& below) const {
     if (l == 0) {
-      const Sequence<const S> x = outside(w, c, w.run.x);
-      if (w.part.even) return directed(x, c.steps(), d);
-      return gathered(w, c, x, d, 0, shape.input_size, gather);
+      return in_place_or_gathered(w, c, Whose::callers, outside(w, c, w.run.x), d, 0,
+                                  shape.input_size, gather);
     }
-    Sequence<const S> x = below(l - 1);
+    const Sequence<const E> x = below(l - 1);
     if (drops) {
       const Sequence<S> to{dropped, c.rows * y_width(), y_width()};
       each(w.team, c.steps() * c.rows, [&](Index i) {
@@ -651,9 +753,9 @@ struct Session<S>::Data {
         draw(w, c.t0 + t, j, l - 1, own);
         multiply(y_width(), own, x.at(t, j), to.at(t, j));
       });
-      x = read_only(to);
+      return directed(read_only(to), c.steps(), d);
     }
-    return directed(x, c.steps(), d);
+    return in_place_or_gathered(w, c, Whose::own, x, d, 0, y_width(), gather);
   }
 
   // What layer k does beside its cell's formula in a chunk.
@@ -686,16 +788,18 @@ struct Session<S>::Data {
     const Place place{Draw::dropout, l, t, lengths.row(w.part.rank(j))};
     kernel().draw_mask(seed, place, shape.dropout, kept, y_width(), mask);
   }
-  static void multiply(Index n, const S* a, const S* b, S* to) {
-    for (Index i = 0; i < n; ++i) to[i] = a[i] * b[i];
+  template <class T>
+  static void multiply(Index n, const S* a, const T* b, S* to) {
+    for (Index i = 0; i < n; ++i) to[i] = a[i] * widened(b[i]);
   }
 
   // Zeros behind the length of each row.
-  void clear_padding(const Forward<S>& run, const Sequence<S>& to, Index columns) const {
+  template <class T>
+  void clear_padding(const Forward<E>& run, const Sequence<T>& to, Index columns) const {
     if (!ragged() || packed || !to.data) return;
     for (Index rank = 0; rank < B; ++rank) {
       for (Index t = std::max(lengths.length(rank), run.begin); t < run.begin + run.steps; ++t) {
-        std::fill_n(to.at(t - run.begin, lengths.row(rank)), columns, S(0));
+        std::fill_n(to.at(t - run.begin, lengths.row(rank)), columns, T{});
       }
     }
   }
@@ -723,7 +827,7 @@ struct Session<S>::Data {
     }
   }
 
-  void forward(const Forward<S>& run, S* tape, Interrupt interrupt) {
+  void forward(const Forward<E>& run, S* tape, Interrupt interrupt) {
     const Index L = shape.num_layers, D = shape.directions, R = shape.output_size();
     const Blocks blocks = lengths.blocks(run.begin, run.begin + run.steps);
     const bool learned = learns_state() && !run.initial.h;
@@ -736,18 +840,19 @@ struct Session<S>::Data {
     clear_padding(run, run.cells, D * cells_width());
     if (blocks.rows == 0) return end_state(state, run.final);
     const ForwardMemory<S>& memory = ready_forward();
-    const TapeLayout<S> layout{shape, blocks, ragged()};
-    const Buffer<S> between(!tape && D == 2 && L > 1 ? 2 * blocks.rows * y_width() : 0);
+    const TapeLayout<S, E> layout{shape, blocks, ragged()};
+    const Buffer<E> between(!tape && D == 2 && L > 1 ? 2 * blocks.rows * y_width() : 0);
     StopFlag stop(interrupt);
     run_split(split, [&](int p, const Team& team) {
       const Walk w{run, blocks, parts[p], p, team};
       const Index B_ = B;
       // y of a layer below the last, all directions.
-      const auto middle = [&](Index l, const Chunk& c) -> Sequence<S> {
+      const auto middle = [&](Index l, const Chunk& c) -> Sequence<E> {
         if (tape) return inside(w, c, layout.y(tape, l), y_width(), 0);
         if (D == 2)
           return inside(w, c, between.data() + l % 2 * blocks.rows * y_width(), y_width(), 0);
-        return {memory.arena.at(memory.middle[p]) + l % 2 * capacity * R, c.rows * R, R};
+        E* const chunks = reinterpret_cast<E*>(memory.arena.at(memory.middle[p]));
+        return {chunks + l % 2 * capacity * R, c.rows * R, R};
       };
       for_layers(w, true, stop, [&](Index l, Index d, const Chunk& c) {
         const Index k = l * D + d;
@@ -762,7 +867,9 @@ struct Session<S>::Data {
           }
           team.wait();
         }
-        const bool scattered = l == L - 1 && !w.part.even;
+        const bool top = l == L - 1, uneven = top && !w.part.even;
+        const Whose whose = top ? Whose::callers : Whose::own;
+        const Sequence<E> y = top ? outside(w, c, run.y) : middle(l, c);
         ForwardJob<S> job{};
         job.shape = shape.layer(k);
         job.steps = c.steps();
@@ -770,12 +877,11 @@ struct Session<S>::Data {
         S* const dropped = memory.arena.at(memory.dropped[p]);
         job.x = input(w, c, l, d, memory.arena.at(memory.x[p]), dropped, dropped,
                       [&](Index below) { return read_only(middle(below, c)); });
-        if (scattered) {
-          job.y = {memory.arena.at(memory.y[p]), c.rows * R, R};
-        } else {
-          const Sequence<S> y = l == L - 1 ? outside(w, c, run.y) : middle(l, c);
-          job.y = directed(Sequence<S>{y.data + d * R, y.step, y.row}, c.steps(), d);
+        job.y = {memory.arena.at(memory.y[p]), c.rows * R, R};
+        if constexpr (!narrow) {
+          if (!uneven) job.y = directed(Sequence<S>{y.data + d * R, y.step, y.row}, c.steps(), d);
         }
+        job.narrow_y = narrow;
         if (tape) {
           job.tape = kernel_tape(w, c, layout, tape, k, d);
         }
@@ -786,32 +892,26 @@ struct Session<S>::Data {
         job.scratch = memory.arena.at(memory.scratch[p]);
         job.options = step_options(w, c, k, d);
         const Index C = cells_width();
-        if (l == L - 1 && run.cells.data && scattered) {
+        const bool with_cells = top && run.cells.data;
+        if (with_cells && uneven) {
           job.options.c = {memory.arena.at(memory.cells[p]), c.rows * C, C};
-        } else if (l == L - 1 && run.cells.data) {
+        } else if (with_cells) {
           const Sequence<S> cells = outside(w, c, run.cells);
           job.options.c =
               directed(Sequence<S>{cells.data + d * C, cells.step, cells.row}, c.steps(), d);
         }
         kernel().forward(job);
-        const auto scatter = [&](const Sequence<S>& from, const Sequence<S>& all, Index columns) {
-          const Sequence<S> to = directed(outside(w, c, all), c.steps(), d);
-          each(team, c.steps(), [&](Index s) {
-            for (Index j = 0; j < c.rows; ++j) {
-              std::copy_n(from.at(s, j), columns,
-                          to.at(s, lengths.row(w.part.rank(j))) + d * columns);
-            }
-          });
-        };
-        if (scattered) scatter(job.y, run.y, R);
-        if (scattered && run.cells.data) scatter(job.options.c, run.cells, C);
+        if (narrow || uneven) scatter(w, c, whose, job.y, d, R, d * R, y);
+        if (with_cells && uneven) {
+          scatter(w, c, whose, job.options.c, d, C, d * C, outside(w, c, run.cells));
+        }
       });
     });
     stop.raise();
     end_state(state, run.final);
   }
 
-  void reverse(const Forward<S>& run, const Reverse<S>& grad, Interrupt interrupt) {
+  void reverse(const Forward<E>& run, const Reverse<S>& grad, Interrupt interrupt) {
     const Blocks blocks = lengths.blocks(run.begin, run.begin + run.steps);
     const bool learned = learns_state() && !run.initial.h;
     const OwnState state = begin_state(grad.grad_final, grad.grad_initial);
@@ -829,11 +929,11 @@ struct Session<S>::Data {
     if (learned) gather_learned(grad.grad_initial);
   }
 
-  void reverse_blocks(const Forward<S>& run, const Reverse<S>& grad, const Blocks& blocks,
+  void reverse_blocks(const Forward<E>& run, const Reverse<S>& grad, const Blocks& blocks,
                       const State<const S>& initial, const State<S>& state, Interrupt interrupt) {
     const Index L = shape.num_layers, D = shape.directions, R = shape.output_size();
     ReverseMemory<S>& memory = ready_reverse();
-    const TapeLayout<const S> layout{shape, blocks, ragged()};
+    const TapeLayout<const S, const E> layout{shape, blocks, ragged()};
     const Buffer<S> between(D == 2 && L > 1 ? 2 * blocks.rows * y_width() : 0);
     StopFlag stop(interrupt);
     run_split(split, [&](int p, const Team& team) {
@@ -849,9 +949,12 @@ struct Session<S>::Data {
         const bool even = w.part.even, top = l == L - 1;
         const Index t_begin = d == 0 ? c.t0 : c.t1;
         const Index block_begin = d == 0 ? c.block->t0 : c.block->t1;
-        const auto of_direction = [&](const Sequence<const S>& all) -> Sequence<const S> {
-          return directed(
-              Sequence<const S>{all.data ? all.data + d * R : nullptr, all.step, all.row}, n, d);
+        // The columns of direction d, as the kernel takes them.
+        const auto own_columns = [&](const auto& all, Whose whose, Index from, Index columns,
+                                     S* to) {
+          auto own = all;
+          if (own.data) own.data += d * columns;
+          return in_place_or_gathered(w, c, whose, own, d, from, columns, to);
         };
         ReverseJob<S> job{};
         job.shape = shape.layer(k);
@@ -865,25 +968,12 @@ struct Session<S>::Data {
         job.x = input(
             w, c, l, d, memory.arena.at(memory.x[p]), mask, memory.arena.at(memory.dropped[p]),
             [&](Index below) { return inside(w, c, layout.y(grad.tape, below), y_width(), 0); });
-        Sequence<const S> grad_cells;
-        if (!top) {
-          job.y = of_direction(inside(w, c, layout.y(grad.tape, l), y_width(), 0));
-          job.grad_y = of_direction(read_only(middle(l, c)));
-        } else {
-          const Sequence<const S> y = read_only(run.y);
-          const auto from_outside = [&](const Sequence<const S>& all, Index from, Index columns,
-                                        S* to) -> Sequence<const S> {
-            const Sequence<const S> part = outside(w, c, all);
-            const Sequence<const S> own{part.data ? part.data + d * columns : nullptr, part.step,
-                                        part.row};
-            if (even || !all.data) return directed(own, n, d);
-            return gathered(w, c, own, d, from, columns, to);
-          };
-          job.y = from_outside(y, job.first ? 0 : -1, R, memory.arena.at(memory.y[p]));
-          job.grad_y = from_outside(grad.grad_y, 0, R, memory.arena.at(memory.grad_y[p]));
-          grad_cells = from_outside(grad.grad_cells, 0, cells_width(),
-                                    memory.arena.at(memory.grad_cells[p]));
-        }
+        const Whose whose = top ? Whose::callers : Whose::own;
+        const Sequence<const E> y = top ? outside(w, c, read_only(run.y))
+                                        : inside(w, c, layout.y(grad.tape, l), y_width(), 0);
+        const Sequence<const S> grad_y = top ? outside(w, c, grad.grad_y) : read_only(middle(l, c));
+        job.y = own_columns(y, whose, job.first ? 0 : -1, R, memory.arena.at(memory.y[p]));
+        job.grad_y = own_columns(grad_y, whose, 0, R, memory.arena.at(memory.grad_y[p]));
         job.tape = kernel_tape(w, c, layout, grad.tape, k, d);
         const Index columns = shape.layer(k).input_size;
         const Sequence<S> wanted = l == 0 ? outside(w, c, grad.grad_x) : middle(l - 1, c);
@@ -898,7 +988,10 @@ struct Session<S>::Data {
         job.weights = !(grad.frozen && grad.frozen[k]);
         job.peephole = weights[k].peephole;
         job.options = step_options(w, c, k, d);
-        job.options.grad_c = grad_cells;
+        if (top) {
+          job.options.grad_c = own_columns(outside(w, c, grad.grad_cells), whose, 0, cells_width(),
+                                           memory.arena.at(memory.grad_cells[p]));
+        }
         if (restarts()) {
           S* const to = memory.arena.at(memory.restart[p]) + k * state_width();
           job.options.grad_restart = {to, has_cell_state(shape.cell) ? to + R : nullptr};
@@ -925,8 +1018,9 @@ struct Session<S>::Data {
   }
 
   // The state that the block of a chunk begins with, from the tape; rows one behind the other.
-  State<const S> start_of(const Walk& w, const Chunk& c, Index k, const TapeLayout<const S>& layout,
-                          const S* tape, bool needed, S* to) const {
+  State<const S> start_of(const Walk& w, const Chunk& c, Index k,
+                          const TapeLayout<const S, const E>& layout, const S* tape, bool needed,
+                          S* to) const {
     const State<const S> kept = layout.start(tape, k, *c.block);
     if (w.part.stride == 1 || !needed) return kept;
     const State<S> own{
@@ -941,37 +1035,37 @@ struct Session<S>::Data {
   }
 };
 
-template <class S>
-Session<S>::Session(const StackShape& shape, const Weights<const S>* weights, const Batch& batch,
+template <class E>
+Session<E>::Session(const StackShape& shape, const Weights<const E>* weights, const Batch& batch,
                     Index longest)
     : data_(std::make_unique<Data>(shape, weights, batch, longest)) {}
 
-template <class S>
-Session<S>::~Session() = default;
+template <class E>
+Session<E>::~Session() = default;
 
-template <class S>
-Index Session<S>::tape_size(Index begin, Index steps) const {
+template <class E>
+Index Session<E>::tape_size(Index begin, Index steps) const {
   const Blocks blocks = data_->lengths.blocks(begin, begin + steps);
-  return TapeLayout<S>{data_->shape, blocks, data_->ragged()}.size();
+  return TapeLayout<S, E>{data_->shape, blocks, data_->ragged()}.size();
 }
 
-template <class S>
-void Session<S>::advance(const Forward<S>& run, Interrupt interrupt) {
+template <class E>
+void Session<E>::advance(const Forward<E>& run, Interrupt interrupt) {
   data_->forward(run, nullptr, interrupt);
 }
 
-template <class S>
-void Session<S>::record(const Forward<S>& run, S* tape, Interrupt interrupt) {
+template <class E>
+void Session<E>::record(const Forward<E>& run, S* tape, Interrupt interrupt) {
   data_->forward(run, tape, interrupt);
 }
 
-template <class S>
-void Session<S>::reverse(const Forward<S>& run, const Reverse<S>& grad, Interrupt interrupt) {
+template <class E>
+void Session<E>::reverse(const Forward<E>& run, const Reverse<S>& grad, Interrupt interrupt) {
   data_->reverse(run, grad, interrupt);
 }
 
-template <class S>
-void Session<S>::finish(const Weights<S>* grad_weights, bool add) {
+template <class E>
+void Session<E>::finish(const Weights<S>* grad_weights, bool add) {
   const Data& data = *data_;
   const ReverseMemory<S>* const memory = data.reverse_memory.get();
   const Index R = data.shape.output_size();
@@ -1004,17 +1098,23 @@ void Session<S>::finish(const Weights<S>* grad_weights, bool add) {
   }
 }
 
-template <class S>
-Index Session<S>::nbytes() const {
-  return (data_->lay_out_forward().arena.size() + data_->lay_out_reverse().arena.size()) *
+template <class E>
+Index Session<E>::nbytes() const {
+  return (data_->wide_weights.size() + data_->lay_out_forward().arena.size() +
+          data_->lay_out_reverse().arena.size()) *
          Index(sizeof(S));
 }
 
+template <class E>
 Index tape_size(const StackShape& shape, const Batch& batch) {
   const Lengths lengths(batch);
   const Blocks blocks = lengths.blocks(0, batch.T);
-  return TapeLayout<float>{shape, blocks, lengths.given()}.size();
+  return TapeLayout<Arithmetic<E>, E>{shape, blocks, lengths.given()}.size();
 }
+
+template Index tape_size<float>(const StackShape&, const Batch&);
+template Index tape_size<double>(const StackShape&, const Batch&);
+template Index tape_size<Bfloat16>(const StackShape&, const Batch&);
 
 template <class S>
 void copy_tape_step(const StackShape& shape, Index B, const S* step, S* tape, Index T, Index t) {
@@ -1035,5 +1135,6 @@ template void copy_tape_step(const StackShape&, Index, const double*, double*, I
 
 template class Session<float>;
 template class Session<double>;
+template class Session<Bfloat16>;
 
 }  // namespace fastbptt
