@@ -25,7 +25,8 @@ class Problem:
 
     x `[T, B, I]`, h and c `[L*D, B, H]` or None for the start that the stack has by itself, grad_y
     `[T, B, D*H]`, grad_h and grad_c `[L*D, B, H]`; lengths `[B]` or None; resets and mask `[T, B]`
-    or None; zoneout of h and of c; grad_cells as grad_y, or None.
+    or None; zoneout of h and of c; grad_cells `[T, B, D*H]`, or None. With a projection h, grad_h
+    and grad_y have P for H.
     """
 
     cell: str
@@ -51,6 +52,10 @@ class Problem:
     @property
     def peephole(self) -> bool:
         return "weight_peephole_l0" in self.weights
+
+    @property
+    def proj_size(self) -> int:
+        return len(self.weights.get("weight_hr_l0", ()))
 
     @property
     def layer_norm(self) -> bool:
@@ -113,6 +118,7 @@ def draw(
     coupled: bool = False,
     cells: bool = False,
     layer_norm: bool = False,
+    proj_size: int = 0,
 ) -> Problem:
     T, B, size, H = sizes
 
@@ -121,19 +127,23 @@ def draw(
 
     lstm = cell == "lstm"
     layer_norm = layer_norm and cell in ("lstm", "gru")
+    P = proj_size if lstm and proj_size < H else 0
+    R = P or H
     G = 3 if coupled and lstm else GATES[cell]
     weights: dict[str, Array] = {}
     bound = 1.0 / np.sqrt(H)
     for layer in range(num_layers):
         for end in ("", "_reverse")[:directions]:
             shapes: dict[str, tuple[int, ...]] = {
-                "weight_ih": (G * H, directions * H if layer else size),
-                "weight_hh": (G * H, H),
+                "weight_ih": (G * H, directions * R if layer else size),
+                "weight_hh": (G * H, R),
             }
             if bias:
                 shapes |= {"bias_ih": (G * H,), "bias_hh": (G * H,)}
             if learned:
-                shapes |= {"h0": (H,)} | ({"c0": (H,)} if cell == "lstm" else {})
+                shapes |= {"h0": (R,)} | ({"c0": (H,)} if lstm else {})
+            if P:
+                shapes["weight_hr"] = (P, H)
             if peephole and lstm:
                 shapes["weight_peephole"] = ((G - 1) * H,)
             if layer_norm:
@@ -143,7 +153,7 @@ def draw(
             for kind, shape in shapes.items():
                 drawn = rng.uniform(-bound, bound, shape) + kind.startswith("weight_ln")
                 weights[f"{kind}_l{layer}{end}"] = drawn.astype(dtype)
-    states = [normal(num_layers * directions, B, H) for _ in range(4)]
+    states = [normal(num_layers * directions, B, n) for n in (R, H, R, H)]
     lengths = rng.integers(0, T + 1, B) if ragged else None
     if lengths is not None and rng.random() < 0.5:
         lengths[rng.integers(B)] = T
@@ -168,7 +178,7 @@ def draw(
         h=states[0] if with_state else None,
         c=states[1] if with_state and cell == "lstm" else None,
         weights=weights,
-        grad_y=normal(T, B, directions * H),
+        grad_y=normal(T, B, directions * R),
         grad_h=states[2],
         grad_c=states[3] if cell == "lstm" else None,
     )
@@ -177,7 +187,7 @@ def draw(
 def layer_for(problem: Problem, **more: Any) -> Any:
     if problem.cell == "lstm":
         more |= {"peephole": problem.peephole, "coupled": problem.coupled}
-        more |= {"zoneout": problem.zoneout}
+        more |= {"zoneout": problem.zoneout, "proj_size": problem.proj_size}
     else:
         more |= {"zoneout": problem.zoneout[0]}
     if problem.layer_norm:
@@ -185,7 +195,7 @@ def layer_for(problem: Problem, **more: Any) -> Any:
     layer = make_layer(
         problem.cell,
         problem.x.shape[2],
-        problem.grad_h.shape[2],
+        problem.grad_h.shape[2] if problem.grad_c is None else problem.grad_c.shape[2],
         problem.num_layers,
         bias="bias_ih_l0" in problem.weights,
         bidirectional=problem.directions == 2,
@@ -228,13 +238,14 @@ def run_reference(run: Run, problem: Problem) -> Results:
     """The same, row by row in float64 from the problem's own (perhaps rounded) numbers."""
     p = problem.astype("float64")
     T, B, _ = p.x.shape
-    H, K, D = p.grad_h.shape[2], len(p.suffixes()), p.directions
+    R, K, D = p.grad_h.shape[2], len(p.suffixes()), p.directions
+    H = R if p.grad_c is None else p.grad_c.shape[2]
     lstm = p.cell == "lstm"
     results: Results = {
-        "y": np.zeros((T, B, D * H)),
-        "h": np.zeros((K, B, H)),
+        "y": np.zeros((T, B, D * R)),
+        "h": np.zeros((K, B, R)),
         "grad_x": np.zeros_like(p.x),
-        "grad_h": np.zeros((K, B, H)),
+        "grad_h": np.zeros((K, B, R)),
         **{f"grad_{name}": np.zeros_like(value) for name, value in p.weights.items()},
     }
     if lstm:
@@ -247,13 +258,14 @@ def run_reference(run: Run, problem: Problem) -> Results:
         if given is not None:
             return given[k, b : b + 1]
         learned = p.weights.get(f"{name}{p.suffixes()[k]}")
-        return np.zeros((1, H)) if learned is None else learned[None]
+        zeros = np.zeros((1, R if name == "h0" else H))
+        return zeros if learned is None else learned[None]
 
     for b in range(B):
         n = T if p.lengths is None else int(p.lengths[b])
 
-        def drawn(draw: int, k: int, rate: float, steps: range, b: int = b) -> Array:
-            return keeps(p.seed, draw, k, rate, steps, [b], H)
+        def drawn(draw: int, k: int, rate: float, steps: range, n: int = R, b: int = b) -> Array:
+            return keeps(p.seed, draw, k, rate, steps, [b], n)
 
         def inside(k: int, n: int = n, b: int = b) -> dict[str, Any]:
             """What the steps of one layer and direction are besides its cell."""
@@ -277,7 +289,7 @@ def run_reference(run: Run, problem: Problem) -> Results:
                 )
             for name, draw, rate in zip("hc", (ZONEOUT_H, ZONEOUT_C), p.zoneout, strict=True):
                 if rate > 0.0:
-                    kept = drawn(draw, k, 1 - rate, range(n)).astype(float)
+                    kept = drawn(draw, k, 1 - rate, range(n), R if name == "h" else H).astype(float)
                     found[f"keep_{name}"] = np.ascontiguousarray(kept[order])
             return found
 
@@ -307,9 +319,9 @@ def run_reference(run: Run, problem: Problem) -> Results:
 
         masks = []
         for layer in range(p.num_layers - 1):
-            kept = keeps(p.seed, DROPOUT, layer, min(p.dropout, 0.9), range(n), [b], D * H)
+            kept = keeps(p.seed, DROPOUT, layer, min(p.dropout, 0.9), range(n), [b], D * R)
             scale = 0.0 if p.dropout == 1.0 else 1.0 / (1.0 - p.dropout)
-            masks.append(kept * scale if p.dropout > 0.0 else np.ones((n, 1, D * H)))
+            masks.append(kept * scale if p.dropout > 0.0 else np.ones((n, 1, D * R)))
         inputs = [p.x[:n, b : b + 1]]
         for layer in range(p.num_layers):
             runs = [run_one(layer * D + d, inputs[-1], None) for d in range(D)]
@@ -325,11 +337,11 @@ def run_reference(run: Run, problem: Problem) -> Results:
             below = 0.0
             for d in range(D):
                 k = layer * D + d
-                columns = slice(d * H, (d + 1) * H)
                 grad_cells = None
                 if layer == p.num_layers - 1 and p.grad_cells is not None:
-                    grad_cells = p.grad_cells[:n, b : b + 1, columns]
-                part = run_one(k, inputs[layer], grad[..., columns], grad_cells)
+                    grad_cells = p.grad_cells[:n, b : b + 1, d * H : (d + 1) * H]
+                own_grad = grad[..., d * R : (d + 1) * R]
+                part = run_one(k, inputs[layer], own_grad, grad_cells)
                 below = below + part["grad_x"]
                 for ours, theirs in (("h", "h"), ("c", "c")) if lstm else (("h", "h"),):
                     results[ours][k, b] = part[theirs][0]

@@ -28,6 +28,7 @@ def draw_inside(rng):
         "coupled": bool(rng.random() < 0.4),
         "cells": bool(rng.random() < 0.4),
         "layer_norm": bool(rng.random() < 0.4),
+        "proj_size": int(rng.choice([0, 0, 1, 2, 7, 16])),
     }
 
 

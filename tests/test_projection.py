@@ -104,23 +104,6 @@ def test_bad_sizes(size, error):
         fb.LSTM(I, H, proj_size=size)
 
 
-@pytest.mark.parametrize(
-    "option",
-    [{"peephole": True}, {"coupled": True}, {"recurrent_dropout": 0.5}, {"zoneout": (0.0, 0.1)}],
-    ids=lambda option: next(iter(option)),
-)
-def test_options_that_it_does_not_go_with(option):
-    with pytest.raises(ValueError, match=f"{next(iter(option))}: got it beside proj_size=4"):
-        fb.LSTM(I, H, proj_size=P, **option)
-
-
-@pytest.mark.parametrize("option", ["resets", "mask", "return_cells"])
-def test_arguments_that_it_does_not_go_with(option):
-    layer, value = fb.LSTM(I, H, proj_size=P), np.zeros((T, B), bool)
-    with pytest.raises(ValueError, match=f"{option}: got it beside proj_size=4"):
-        layer(np.zeros((T, B, I), "float32"), **{option: option == "return_cells" or value})
-
-
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_both_directions_and_lengths(dtype, rng):
     torch = pytest.importorskip("torch")

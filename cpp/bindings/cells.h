@@ -21,7 +21,7 @@ inline Cell cell_of(const std::string& name) {
 
 inline void check_projection(const StackShape& shape) {
   const bool fits = shape.proj_size >= 0 && shape.proj_size < shape.hidden_size;
-  if (!fits || (shape.proj_size > 0 && shape.cell != Cell::lstm)) {
+  if (!fits || (shape.proj_size > 0 && !has_cell_state(shape.cell))) {
     throw pybind11::value_error("proj_size: got " + std::to_string(shape.proj_size) +
                                 ", wanted 0, or for an LSTM less than hidden_size");
   }

@@ -123,8 +123,6 @@ class Recurrent(Part, Generic[StateT]):
             raise ValueError(
                 f"layer_norm: got True for a layer of {self.dtype}, wanted float32 or float64"
             )
-        for name in ("recurrent_dropout", "zoneout"):
-            self._check_alone(name, getattr(self, name))
         L, I, H, D = self.num_layers, self.input_size, self.hidden_size, self.directions  # noqa: E741
         R, P = self.proj_size or H, self.proj_size
         columns = (I + R) + (L - 1) * (D + 1) * R + (2 * L if self.bias else 0)
@@ -145,13 +143,6 @@ class Recurrent(Part, Generic[StateT]):
         """The width of y: D*H, or D*P with a projection."""
         return self.directions * (self.proj_size or self.hidden_size)
 
-    def _check_alone(self, name: str, value: Any) -> None:
-        """Refuse what a layer with a projection has not."""
-        if self.proj_size and value is not None and np.any(value):
-            raise ValueError(
-                f"{name}: got it beside proj_size={self.proj_size}, wanted one of them"
-            )
-
     def _as_tape(self, value: str | None) -> str:
         own: str = self.dtype.name
         fitting = ("float64",) if own == "float64" else ("float32", "bfloat16")
@@ -160,7 +151,7 @@ class Recurrent(Part, Generic[StateT]):
         if value not in fitting:
             wanted = " or ".join(map(repr, fitting))
             raise ValueError(f"tape: got {value!r} for a layer of {own}, wanted {wanted}")
-        if self.layer_norm:
+        if self.layer_norm and value == "bfloat16":
             raise ValueError(f"tape: got {value!r} beside layer_norm=True, wanted one of them")
         return value
 
@@ -325,8 +316,6 @@ class Recurrent(Part, Generic[StateT]):
 
     def _flags(self, T: int, B: int, resets: Any, mask: Any) -> dict[str, Array]:
         """Return those that there are of resets and mask, `[T, B]`, by name."""
-        for name, flags in (("resets", resets), ("mask", mask)):
-            self._check_alone(name, flags is not None)
         return {
             name: as_flags(name, flags, T, B, self.batch_first)
             for name, flags in (("resets", resets), ("mask", mask))
@@ -354,7 +343,6 @@ class Recurrent(Part, Generic[StateT]):
                 raise ValueError(
                     f"return_cells: got True for {type(self).__name__}, which has no cells"
                 )
-            self._check_alone("return_cells", cells)
             batch["cells"] = True
         if seed is not None:
             batch["seed"] = seed
@@ -432,7 +420,7 @@ class Recurrent(Part, Generic[StateT]):
             The state after the last step, to go on from in the next call; of the direction that
             runs backward, the state after the first step.
         cells : ndarray
-            With `return_cells`: c of the last layer at each step, in the form of y.
+            With `return_cells`: c of the last layer at each step, `[T, B, D*H]`, or `[B, T, D*H]`.
 
         Raises
         ------
@@ -584,7 +572,7 @@ class Recurrent(Part, Generic[StateT]):
         tape : Tape
             For one call of `backward`; `tape.nbytes` says what it holds beside x and y.
         cells : ndarray
-            With `return_cells`: c of the last layer at each step, in the form of y.
+            With `return_cells`: c of the last layer at each step, `[T, B, D*H]`, or `[B, T, D*H]`.
 
         Raises
         ------
@@ -639,7 +627,7 @@ class Recurrent(Part, Generic[StateT]):
             Whether the gradient with respect to the input is wanted; without it some work is saved.
         grad_cells : array_like, optional
             LSTM only: gradient of the loss with respect to every c of the last layer, of the shape
-            of y; zeros by default.
+            of the cells; zeros by default.
 
         Returns
         -------
@@ -852,9 +840,8 @@ class LSTM(Recurrent[tuple[Array, Array]]):
         L; each layer but the first takes the output of the one below.
     proj_size : int
         P, less than H: h and y have P values, `h_t = W_hr (o*tanh(c_t))` (Sak et al. 2014), and c
-        has H. There is `weight_hr` `[P, H]`, and `weight_hh` is `[4H, P]`. 0 for no projection. It
-        goes with both directions, lengths, dropout and a learned initial state, not with the other
-        options.
+        has H. There is `weight_hr` `[P, H]`, and `weight_hh` is `[4H, P]`. 0 for no projection.
+        Options that act on h act on these P values.
     bias : bool
         Whether there are `b_ih` and `b_hh`.
     batch_first : bool
@@ -1000,8 +987,6 @@ class LSTM(Recurrent[tuple[Array, Array]]):
         self._gates, self._keep_gate = (3, 0) if self.coupled else (4, 1)
         self._set_sizes(**settings)
         self.tape = self._as_tape(tape)
-        for name in ("peephole", "coupled"):
-            self._check_alone(name, getattr(self, name))
 
     def _settings(self) -> dict[str, Any]:
         own = ("proj_size", "peephole", "coupled", "layer_norm")

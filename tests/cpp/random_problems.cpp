@@ -64,7 +64,7 @@ Options draw_options(Random& random) {
   o.shape.input_size = draw();
   do o.shape.hidden_size = draw();
   while (flops(o.shape) > most_flops);
-  if (o.shape.cell == Cell::lstm && o.shape.hidden_size > 1 && random.chance(0.4)) {
+  if (has_cell_state(o.shape.cell) && o.shape.hidden_size > 1 && random.chance(0.4)) {
     o.shape.proj_size = random.between(1, o.shape.hidden_size - 1);
   }
   // Two normalised values depend on nothing but their order, and the product with one input on its
@@ -82,7 +82,7 @@ Options draw_options(Random& random) {
   o.threads = static_cast<int>(random.between(1, 3));
   o.x = layout(), o.y = layout(), o.dy = layout(), o.dx = layout();
   o.offset = random.between(0, 1);
-  if (o.shape.proj_size == 0 && random.chance(0.5)) {
+  if (random.chance(0.5)) {
     const auto rate = [&] { return random.chance(0.3) ? random.between(1, 10) * 0.1 : 0.0; };
     o.resets = random.chance(0.4), o.mask = random.chance(0.4);
     o.shape.options.recurrent_dropout = rate();
@@ -363,9 +363,10 @@ class StackProblem {
     p.mask = mask_.data();
     if (o_.grad_cells && l == o_.shape.num_layers - 1) p.grad_cells = keep(grad_cells_.doubles());
     const auto drawn = [&](Draw draw, double kept, S value, Index t, Index b) {
-      Vector row(H);
+      Vector row(draw == Draw::zoneout_c ? H : o_.shape.output_size());
       const Index step = draw == Draw::recurrent_dropout ? 0 : o_.begin + t;
-      draw_mask(o_.seed, {draw, l, step, b}, 1 - kept, double(value), H, row.data());
+      draw_mask(o_.seed, {draw, l, step, b}, 1 - kept, double(value), Index(row.size()),
+                row.data());
       return row;
     };
     const LayerOptions& options = o_.shape.options;
@@ -383,7 +384,8 @@ class StackProblem {
       Vector all;
       for (Index row = 0; row < o_.T * o_.B; ++row) {
         append(all, o_.seeded ? drawn(draw, rate, S(1), row / o_.B, row % o_.B)
-                              : Vector(H, double(S(rate))));
+                              : Vector(draw == Draw::zoneout_c ? H : o_.shape.output_size(),
+                                       double(S(rate))));
       }
       return keep(all);
     };

@@ -17,7 +17,7 @@ struct StackShape {
   Index num_layers;
   Index directions = 1;
   double dropout = 0;   // the part of every layer's output, but the last's, that training drops
-  Index proj_size = 0;  // of every layer, which then has no options; 0: no projection
+  Index proj_size = 0;  // of every layer; 0: no projection
   LayerOptions options{};
   Index layers() const { return num_layers * directions; }
   LayerShape layer(Index k) const {

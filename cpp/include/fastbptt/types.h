@@ -81,7 +81,7 @@ struct LayerShape {
   Cell cell;
   Index input_size;
   Index hidden_size;
-  Index proj_size = 0;  // P, of the LSTM, which then has no options; 0: no projection
+  Index proj_size = 0;  // P, of the LSTM; 0: no projection
   LayerOptions options{};
   // Values of h, and of y, a step and row.
   constexpr Index output_size() const { return proj_size > 0 ? proj_size : hidden_size; }

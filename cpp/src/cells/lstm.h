@@ -192,15 +192,15 @@ struct LstmCoupledCell {
 };
 
 // To the cell, h is o tanh(c), and grad_h its gradient: the projection comes behind it.
-template <class S>
-struct LstmProjectedCell : LstmCell<S> {
+template <class S, class Inner>
+struct ProjectedCell : Inner {
   static constexpr Second second = Second::projection;
 
-  // o tanh(c) again goes to `output`.
-  static FASTBPTT_INLINE void backward(const Packet<S>& grad, const ReverseUnit<S>& u, S* output) {
-    const Packet<S> o = u.tape.activation(3, u.n);
-    store(output, pmul(o, tanh_of(u.c.value(u.n))), u.n);
-    LstmCell<S>::backward(grad, u);
+  template <bool peepholes = false>
+  static FASTBPTT_INLINE void backward(const Packet<S>& grad, const ReverseUnit<S>& u) {
+    const Packet<S> o = u.tape.activation(Inner::tape - 2, u.n);
+    store(u.output, pmul(o, tanh_of(u.c.value(u.n))), u.n);
+    Inner::template backward<peepholes>(grad, u);
   }
 };
 

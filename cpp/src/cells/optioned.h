@@ -39,7 +39,6 @@ struct OptionedCell {
   static FASTBPTT_INLINE void forward(const S* sums, const ForwardUnit<S>& u,
                                       const OptionUnit<S>& o) {
     if (o.missing) return carry_over(u, o);
-    const Packet<S> h = load(u.h_before, u.n);
     if constexpr (Cell::has_c) {
       const Packet<S> c = load(u.c, u.n);
       if (u.peephole.data)
@@ -50,12 +49,12 @@ struct OptionedCell {
     } else {
       Cell::forward(sums, u);
     }
-    if (o.keep_h) store(u.h, mixed(o.keep_h, h, load(u.h, u.n), u.n), u.n);
+    if (o.keep_h) store(u.h, mixed(o.keep_h, load(u.h_before, u.n), load(u.h, u.n), u.n), u.n);
   }
 
   // A step that is missing.
   static FASTBPTT_INLINE void carry_over(const ForwardUnit<S>& u, const OptionUnit<S>& o) {
-    store(u.h, load(u.h_before, u.n), u.n);
+    store(u.h, u.h_before ? load(u.h_before, u.n) : constant<S>(0), u.n);
     if constexpr (Cell::has_c) keep_cell(u, o, load(u.c, u.n));
   }
   // Takes h~ and c~, while c' is still in its place.
@@ -82,7 +81,7 @@ struct OptionedCell {
     if (o.keep_h) store(u.h, mixed(o.keep_h, h, load(u.h, u.n), u.n), u.n);
   }
 
-  // Whatever the cell, carry_h is written: what goes past the cell, and its own.
+  // Whatever the cell, carry_h is written where there is one: what goes past the cell, and its own.
   static FASTBPTT_INLINE void backward(const Packet<S>& grad_h, const ReverseUnit<S>& unit,
                                        const OptionUnit<S>& o) {
     if (o.missing) return pass_back(grad_h, unit, o);
@@ -115,7 +114,8 @@ struct OptionedCell {
     for (Index q = 0; q < (Cell::wide ? 1 : Cell::packets); ++q) {
       store(u.grads + q * p, constant<S>(0));
     }
-    store(u.carry_h, grad_h, u.n);
+    if (u.carry_h) store(u.carry_h, grad_h, u.n);
+    if (u.output) store(u.output, constant<S>(0), u.n);
   }
 
   static FASTBPTT_INLINE void backward_candidate(const Packet<S>& grad_h, const ReverseUnit<S>& u,
@@ -156,6 +156,7 @@ struct OptionedCell {
 
   static FASTBPTT_INLINE void finish_carry(const Packet<S>& past_h, const ReverseUnit<S>& u,
                                            const OptionUnit<S>& o) {
+    if (!u.carry_h) return;
     if (!Cell::carries_h)
       store(u.carry_h, past_h, u.n);
     else if (o.keep_h)

@@ -22,7 +22,7 @@ template <class S>
 struct ForwardUnit {
   Index n;
   const S* h_before;  // h'
-  S* h;               // written
+  S* h;               // written; with a projection what it takes, and h_before is null
   S* c;               // c' in, c out; LSTM only
   S* z;               // what the gates leave for the candidate; GRU that resets before only
   TapeUnit<S> tape;
@@ -37,9 +37,10 @@ struct ReverseUnit {
   const S* h;
   TapeUnit<const S> tape;
   TapeRun<S> c;  // the c that went through tanh; LSTM only
-  S* carry_h;    // out: dL/dh' apart from what comes through W_hh
+  S* carry_h;    // out: dL/dh' apart from what comes through W_hh; null with a projection
   S* carry_c;    // dL/dc in, dL/dc' out
   S* grads;      // out: dL/d(sums), whole packets in panel order; lanes beyond n zero
+  S* output;     // out: what the projection took; null without
   Peephole<const S> peephole;
   Peephole<S> grad_peephole;  // added to; data null: not wanted
 };

@@ -41,11 +41,11 @@ template <class S>
 struct StepOptions {
   // [steps, batch]: whether the state before the step is that of `restart` instead.
   Sequence<const bool> resets;
-  State<const S> restart;  // [H], null: zeros
-  State<S> grad_restart;   // [H], added to; null: not wanted
+  State<const S> restart;  // h [H or P] and c [H], null: zeros
+  State<S> grad_restart;   // the same, added to; null: not wanted
   // [steps, batch]: whether there is a step; else the state is carried over.
   Sequence<const bool> mask;
-  const S* recurrent_mask = nullptr;  // [batch, H]: what h' is multiplied by before W_hh
+  const S* recurrent_mask = nullptr;  // [batch, H or P]: what h' is multiplied by before W_hh
   Zoneout zoneout;
   Sequence<S> c;             // [steps, batch, H]: every c, written by forward
   Sequence<const S> grad_c;  // the same: its gradient

@@ -63,7 +63,7 @@ class ForwardLayer {
         view_scratch_(z_ + (Cell::second == Second::candidate ? job.batch * panels_.H : 0)),
         norm_(view_scratch_ + StepView<S>::scratch(job.shape, job.batch)),
         optioned_(job.options.any() || job.weights.peephole),
-        view_(job.options, job.batch, panels_.H, job.team, view_scratch_) {}
+        view_(job.options, job.batch, job.shape, job.team, view_scratch_) {}
 
   // Layer normalisation: the vectors where nothing is packed, then the sums of the recurrent
   // product [panels][B][width], then what each thread keeps of a row.
@@ -312,11 +312,7 @@ class ForwardLayer {
 
   // The cell, from the sums of one row.
   FASTBPTT_INLINE void finish(Index t, Index j, Index b, const S* sums) const {
-    if constexpr (Cell::second == Second::projection) {
-      cell(t, j, b, sums);
-    } else {
-      optioned_ ? finish_optioned(t, j, b, sums) : cell(t, j, b, sums);
-    }
+    optioned_ ? finish_optioned(t, j, b, sums) : cell(t, j, b, sums);
     if constexpr (Cell::second == Second::none) {
       for (Index q = 0; q < (Cell::wide ? panels_.packets(j) : 1); ++q) {
         round_y(t, b, panels_.unit(j, q));
@@ -381,7 +377,14 @@ class ForwardLayer {
 
   FASTBPTT_INLINE void finish_second(Index t, Index b, Index first, const S* sum) const {
     if constexpr (Cell::second == Second::projection) {
-      store(job_.y.at(t, b) + first, load(sum), second_.panels.units(first));
+      const Index n = second_.panels.units(first);
+      Packet<S> h = load(sum);
+      if (optioned_) {
+        const Packet<S> before = load(before_.at(0, b) + first, n);
+        const S* const keep = view_.keep_h(b, first);
+        h = view_.missing(t, b) ? before : OptionedCell<S, Cell>::mixed(keep, before, h, n);
+      }
+      store(job_.y.at(t, b) + first, h, n);
     } else if (optioned_) {
       OptionedCell<S, Cell>::forward_candidate(sum, unit(t, b, first), view_.unit(t, b, first));
     } else {

@@ -188,8 +188,7 @@ struct NormReverseRow {
   S* shares;  // written: the row's part of the gradients of shift_c, gain_c and the peepholes
   Index shares_step;
   Index shares_packets;
-  S* spare;   // reverse_spare values
-  S* output;  // written: o tanh(.), whole packets; null: not wanted
+  S* spare;  // reverse_spare values
 };
 
 template <class S, class Cell>
@@ -501,7 +500,7 @@ class NormRows {
       store(shares + p, pmul(inside, normal));
       const Packet<S> d = pmul(inside, load(Vectors::gain_c(v, j)));
       means.add(d, normal);
-      if (row.output) store(row.output + j * p, pmul(a.o, t));
+      if (u.output) store(u.output, pmul(a.o, t), u.n);
       const Packet<S> all[kept] = {
           a.i, a.f, a.g, a.o, a.c, pmul(pmul(through_o, t), one_minus<S>(a.o)), d, normal};
 #pragma GCC unroll 8
@@ -530,7 +529,7 @@ class NormRows {
                                             u.c_before.value(u.n), padd(psub(carry, past), through),
                                             all[5], u);
       if (o.keep_c) store(u.carry_c, padd(load(u.carry_c, u.n), past), u.n);
-      if (optioned) {
+      if (optioned && u.carry_h) {
         const Packet<S> grad = load(row.grad_h + j * p);
         store(u.carry_h, o.keep_h ? pmul(load(o.keep_h, u.n), grad) : constant<S>(0), u.n);
       }

@@ -38,7 +38,7 @@ class ReverseLayer {
     const bool seen = s.options.resets || s.options.recurrent_dropout > 0;
     const SecondProduct<S, Cell> second(s);
     return kept(s) + panels.count() * rows * width + team * rows * 4 * p +
-           rows * (second.sums_row() + second.input_row()) + (seen ? rows * s.hidden_size : 0) +
+           rows * (second.sums_row() + second.input_row()) + (seen ? rows * s.output_size() : 0) +
            (s.options.mask ? rows * s.input_size : 0) + StepView<S>::scratch(s, batch) +
            norm_scratch(s, rows, batch, team);
   }
@@ -119,12 +119,12 @@ class ReverseLayer {
         sums_(shared_sums_ + job.team.rank * rows_ * 4 * p),
         optioned_(job.options.any() || job.peephole),
         carries_h_(Cell::carries_h || optioned_),
-        view_(job.options, job.batch, panels_.H, job.team,
+        view_(job.options, job.batch, job.shape, job.team,
               shared_sums_ + job.team.size * rows_ * 4 * p),
         options_(job.options),
         seen_(shared_sums_ + job.team.size * rows_ * 4 * p +
               StepView<S>::scratch(job.shape, job.batch)),
-        inputs_(seen_ + (sees_other_states() ? rows_ * panels_.H : 0)),
+        inputs_(seen_ + (sees_other_states() ? rows_ * panels_.R : 0)),
         x_grads_(inputs_ + (options_.mask.data ? rows_ * panels_.I : 0)),
         h_grads_(x_grads_ + panels_.count() * rows_ * Cell::x_count * p),
         shares_(h_grads_ + panels_.count() * rows_ * Cell::h_count * p) {}
@@ -254,6 +254,8 @@ class ReverseLayer {
       u.h_before = h_before(t, b) + first;
       u.h = job_.y.at(t, b) + first;
       u.carry_h = job_.grad_state.h + b * H + first;
+    } else {
+      u.output = second_input(t * job_.batch + b, first);
     }
     u.grads = grads(Cell::wide ? block / 4 : block, t * job_.batch + b) +
               (Cell::wide ? block % 4 * p : 0);
@@ -282,7 +284,7 @@ class ReverseLayer {
   const S* h_before(Index t, Index b) const {
     if (optioned_ && view_.resets(t, b)) return options_.restart.h ? options_.restart.h : zeros_;
     if (t > 0 || !job_.first) return job_.y.at(t - 1, b);
-    return job_.initial.h ? job_.initial.h + b * panels_.H : zeros_;
+    return job_.initial.h ? job_.initial.h + b * panels_.R : zeros_;
   }
 
   // What comes back past the weights, or zero.
@@ -307,11 +309,9 @@ class ReverseLayer {
         },
         [&](S* sums, Index R, Index b, Index Q, Index panel) {
           for (Index r = 0; r < R; ++r) {
-            if constexpr (Cell::second != Second::projection) {
-              if (optioned_) {
-                step_optioned(t, b + r, Q, panel, sums + r * 4 * p);
-                continue;
-              }
+            if (optioned_) {
+              step_optioned(t, b + r, Q, panel, sums + r * 4 * p);
+              continue;
             }
             const S* const grad_y = job_.grad_y.data ? job_.grad_y.at(t, b + r) : nullptr;
             for (Index q = 0; q < Q; ++q) {
@@ -343,15 +343,25 @@ class ReverseLayer {
     if (t < job_.steps - 1) came_back(t + 1, b, Q, panel, sums);
     const S* const grad_y = job_.grad_y.data ? job_.grad_y.at(t, b) : nullptr;
     for (Index q = 0; q < Q; ++q) {
-      const ReverseUnit<S> u = unit(t, b, panel * 4 + q);
-      const Index first = (panel * 4 + q) * p;
+      const Index first = (panel * 4 + q) * p, row = t * job_.batch + b;
+      const Index n = panels_.valid(panels_.R, first);
       Packet<S> grad_h = load(sums + q * p);
-      if (grad_y) grad_h = padd(grad_h, load(grad_y + first, u.n));
+      if (grad_y) grad_h = padd(grad_h, load(grad_y + first, n));
+      if constexpr (Cell::second == Second::projection) {
+        const S* const keep = view_.keep_h(b, first);
+        const Packet<S> past = view_.missing(t, b) ? grad_h
+                               : keep              ? pmul(load(keep, n), grad_h)
+                                                   : constant<S>(0);
+        store(second_grads(panel, row) + q * p, psub(grad_h, past));
+        store(job_.grad_state.h + b * panels_.R + first, past, n);
+        continue;
+      }
       if constexpr (normalised) {
         store(norm_grad_h(b) + first, grad_h);
         continue;
-      } else if constexpr (Cell::second == Second::candidate) {
-        const Index row = t * job_.batch + b;
+      }
+      const ReverseUnit<S> u = unit(t, b, panel * 4 + q);
+      if constexpr (Cell::second == Second::candidate) {
         Optioned::backward_candidate(grad_h, u, second_grads(panel, row) + q * p,
                                      second_input(row, first), view_.unit(t, b, first));
       } else {
@@ -408,8 +418,7 @@ class ReverseLayer {
         shares_ + at * shares * p,
         rows_ * shares * p,
         shares,
-        norm_grad_h(job_.batch) + job_.team.rank * Rows::reverse_spare(job_.shape),
-        Cell::second == Second::projection ? second_input(at, 0) : nullptr};
+        norm_grad_h(job_.batch) + job_.team.rank * Rows::reverse_spare(job_.shape)};
     if (view_.missing(t, b)) return Rows::skip_backward(panels_, row, unit_of, option_of);
     if constexpr (Cell::has_c) {
       if (job_.peephole) {
@@ -422,12 +431,12 @@ class ReverseLayer {
   // dL/dh before step t of row b: the sums, as the product of its gate gradients left them, become
   // what reaches the step before.
   void came_back(Index t, Index b, Index Q, Index panel, S* sums) const {
-    const S* const carry = job_.grad_state.h + b * panels_.H;
+    const S* const carry = job_.grad_state.h + b * panels_.R;
     for (Index q = 0; q < Q; ++q) {
-      const Index first = (panel * 4 + q) * p, n = panels_.units(first);
+      const Index first = (panel * 4 + q) * p, n = panels_.valid(panels_.R, first);
       Packet<S> sum = load(sums + q * p);
       if (options_.recurrent_mask) {
-        const S* const mask = options_.recurrent_mask + b * panels_.H;
+        const S* const mask = options_.recurrent_mask + b * panels_.R;
         sum = pmadd(load(mask + first, n), sum, load(carry + first, n));
       }
       if (view_.resets(t, b)) {
@@ -462,7 +471,7 @@ class ReverseLayer {
               if constexpr (normalised) {
                 store(norm_grad_h(b + r) + first, grad);
               } else if constexpr (Cell::second == Second::projection) {
-                Cell::backward(grad, u, second_input(t * job_.batch + b + r, first));
+                optioned_ ? projected_optioned(t, b + r, grad, u, first) : Cell::backward(grad, u);
               } else if (optioned_) {
                 OptionedCell<S, Cell>::backward_gates(grad, u, view_.unit(t, b + r, first));
               } else {
@@ -470,6 +479,12 @@ class ReverseLayer {
               }
             }
         });
+  }
+
+  __attribute__((noinline)) void projected_optioned(Index t, Index b, const Packet<S>& grad,
+                                                    const ReverseUnit<S>& u, Index first) const {
+    OptionedCell<S, Cell>::backward(grad, u, view_.unit(t, b, first));
+    restart_cells(t, b, u, first);
   }
 
   // dL/dh before the first step of the run.
@@ -515,7 +530,7 @@ class ReverseLayer {
     const Team& team = job_.team;
     for (Index row = team.begin(rows_); row < team.end(rows_); ++row) {
       const Index t = row / job_.batch, b = row % job_.batch;
-      if (sees_other_states()) view_.see(b, h_before(t, b), seen_ + row * panels_.H);
+      if (sees_other_states()) view_.see(b, h_before(t, b), seen_ + row * panels_.R);
       // A step that is missing may hold anything, and zero times that is not always zero.
       if (!options_.mask.data) continue;
       const S* const x = job_.x.at(t, b);
@@ -636,7 +651,7 @@ class ReverseLayer {
   const bool carries_h_;
   StepView<S> view_;
   const StepOptions<S>& options_;
-  S* const seen_;     // h' as the products saw it [steps * B][H]
+  S* const seen_;     // h' as the products saw it [steps * B][R]
   S* const inputs_;   // x without what is missing [steps * B][I]
   S* const x_grads_;  // with layer normalisation, as norm_scratch says
   S* const h_grads_;

@@ -13,22 +13,28 @@ class StepView {
  public:
   static Index scratch(const LayerShape& s, Index batch) {
     const LayerOptions& o = s.options;
-    const Index rows = (o.resets ? 1 : 0) + (o.recurrent_dropout > 0 ? 1 : 0) +
-                       (o.zoneout_h > 0 ? 1 : 0) + (o.zoneout_c > 0 ? 1 : 0);
-    return rows * batch * s.hidden_size;
+    const Index rows_of_h =
+        (o.resets ? 1 : 0) + (o.recurrent_dropout > 0 ? 1 : 0) + (o.zoneout_h > 0 ? 1 : 0);
+    return batch * (rows_of_h * s.output_size() + (o.zoneout_c > 0 ? s.hidden_size : 0));
   }
 
-  StepView(const StepOptions<S>& options, Index batch, Index H, const Team& team, S* scratch)
-      : options_(options), batch_(batch), H_(H), team_(team) {
-    const auto take = [&](bool wanted) {
+  StepView(const StepOptions<S>& options, Index batch, const LayerShape& shape, const Team& team,
+           S* scratch)
+      : options_(options),
+        batch_(batch),
+        H_(shape.hidden_size),
+        R_(shape.output_size()),
+        projects_(shape.proj_size > 0),
+        team_(team) {
+    const auto take = [&](bool wanted, Index columns) {
       S* const taken = wanted ? scratch : nullptr;
-      if (wanted) scratch += batch * H;
+      if (wanted) scratch += batch * columns;
       return taken;
     };
-    restarted_ = take(options.resets.data);
-    product_ = take(options.recurrent_mask);
-    keep_h_ = take(options.zoneout.h > 0);
-    keep_c_ = take(options.zoneout.c > 0);
+    restarted_ = take(options.resets.data, R_);
+    product_ = take(options.recurrent_mask, R_);
+    keep_h_ = take(options.zoneout.h > 0, R_);
+    keep_c_ = take(options.zoneout.c > 0, H_);
   }
 
   bool resets(Index t, Index b) const { return options_.resets.data && *options_.resets.at(t, b); }
@@ -44,17 +50,17 @@ class StepView {
     before_ = h;
     const bool anew = any_reset(t);
     if (anew) {
-      before_ = {restarted_, 0, H_};
+      before_ = {restarted_, 0, R_};
       for (Index b = team_.begin(batch_); b < team_.end(batch_); ++b) {
-        copy(resets(t, b) ? options_.restart.h : h.at(0, b), restarted_ + b * H_);
-        if (c && resets(t, b)) copy(options_.restart.c, c + b * H_);
+        copy(resets(t, b) ? options_.restart.h : h.at(0, b), R_, restarted_ + b * R_);
+        if (c && resets(t, b)) copy(options_.restart.c, H_, c + b * H_);
       }
     }
     seen_ = before_;
     if (options_.recurrent_mask) {
-      seen_ = {product_, 0, H_};
+      seen_ = {product_, 0, R_};
       for (Index b = team_.begin(batch_); b < team_.end(batch_); ++b) {
-        multiply(before_.at(0, b), options_.recurrent_mask + b * H_, product_ + b * H_);
+        multiply(before_.at(0, b), options_.recurrent_mask + b * R_, product_ + b * R_);
       }
     }
     choose_kept(t);
@@ -69,46 +75,53 @@ class StepView {
   const Sequence<const S>& before() const { return before_; }
   const Sequence<const S>& seen() const { return seen_; }
 
+  // The units of a cell, whose h a projection takes with it.
   OptionUnit<S> unit(Index t, Index b, Index first) const {
-    const auto at = [&](const S* rows) { return rows ? rows + b * H_ + first : nullptr; };
     OptionUnit<S> u{};
     u.missing = missing(t, b);
-    u.keep_h = at(keep_h_);
-    u.keep_c = at(keep_c_);
-    u.seen = at(options_.recurrent_mask);
+    if (keep_c_) u.keep_c = keep_c_ + b * H_ + first;
+    if (!projects_) {
+      u.keep_h = keep_h(b, first);
+      if (options_.recurrent_mask) u.seen = options_.recurrent_mask + b * R_ + first;
+    }
     if (options_.c.data) u.c_out = options_.c.at(t, b) + first;
     if (options_.grad_c.data) u.grad_c_out = options_.grad_c.at(t, b) + first;
     return u;
   }
 
+  // What zoneout keeps of h, from value `first` on; null: nothing.
+  const S* keep_h(Index b, Index first) const {
+    return keep_h_ ? keep_h_ + b * R_ + first : nullptr;
+  }
+
   // h' of a row as the products see it, from h' as the cell does.
   void see(Index b, const S* h, S* to) const {
-    copy(h, to);
-    if (options_.recurrent_mask) multiply(to, options_.recurrent_mask + b * H_, to);
+    copy(h, R_, to);
+    if (options_.recurrent_mask) multiply(to, options_.recurrent_mask + b * R_, to);
   }
 
  private:
-  void copy(const S* from, S* to) const {
-    for (Index i = 0; i < H_; ++i) to[i] = from ? from[i] : S(0);
+  static void copy(const S* from, Index n, S* to) {
+    for (Index i = 0; i < n; ++i) to[i] = from ? from[i] : S(0);
   }
   void multiply(const S* a, const S* b, S* to) const {
-    for (Index i = 0; i < H_; ++i) to[i] = a[i] * b[i];
+    for (Index i = 0; i < R_; ++i) to[i] = a[i] * b[i];
   }
 
   void choose_kept(Index t) {
     const Zoneout& z = options_.zoneout;
-    if (keep_h_) choose_kept(t, Draw::zoneout_h, z.h, keep_h_);
-    if (keep_c_) choose_kept(t, Draw::zoneout_c, z.c, keep_c_);
+    if (keep_h_) choose_kept(t, Draw::zoneout_h, z.h, R_, keep_h_);
+    if (keep_c_) choose_kept(t, Draw::zoneout_c, z.c, H_, keep_c_);
   }
-  void choose_kept(Index t, Draw draw, double rate, S* keep) const {
+  void choose_kept(Index t, Draw draw, double rate, Index columns, S* keep) const {
     const Zoneout& z = options_.zoneout;
     for (Index b = team_.begin(batch_); b < team_.end(batch_); ++b) {
-      S* const row = keep + b * H_;
+      S* const row = keep + b * columns;
       if (!z.seed) {
-        for (Index i = 0; i < H_; ++i) row[i] = S(rate);
+        for (Index i = 0; i < columns; ++i) row[i] = S(rate);
       } else {
-        draw_mask(*z.seed, {draw, z.layer, z.step + t * z.step_by, z.rows[b]}, 1 - rate, S(1), H_,
-                  row);
+        draw_mask(*z.seed, {draw, z.layer, z.step + t * z.step_by, z.rows[b]}, 1 - rate, S(1),
+                  columns, row);
       }
     }
   }
@@ -116,11 +129,13 @@ class StepView {
   const StepOptions<S>& options_;
   const Index batch_;
   const Index H_;
+  const Index R_;  // values of h
+  const bool projects_;
   const Team team_;
-  S* restarted_;  // h' of a step at which a row begins anew [B][H]
-  S* product_;    // m h' [B][H]
-  S* keep_h_;     // [B][H]
-  S* keep_c_;
+  S* restarted_;  // h' of a step at which a row begins anew [B][R]
+  S* product_;    // m h' [B][R]
+  S* keep_h_;     // [B][R]
+  S* keep_c_;     // [B][H]
   Sequence<const S> before_{};
   Sequence<const S> seen_{};
 };
