@@ -137,3 +137,45 @@ def test_bad_arguments():
         layer.backward(tape, np.zeros((T, B, H), "float32"))
     with pytest.raises(ValueError, match=r"in_features 11 .* proj_size 4"):
         fb.Model(layer, fb.Linear(H, 1))
+
+
+def test_every_option_at_once(rng):
+    """Against finite differences, in float64."""
+    layer = fb.LSTM(
+        I, H, 2, proj_size=P, bidirectional=True, peephole=True, coupled=True, zoneout=(0.2, 0.3),
+        recurrent_dropout=0.3, dropout=0.3, learn_initial_state=True, layer_norm=True,
+        dtype="float64", seed=0,
+    )  # fmt: skip
+    for weight in layer.weights.values():
+        weight += rng.normal(0.0, 0.2, weight.shape)
+    x, resets, mask = (
+        rng.standard_normal((T, B, I)),
+        rng.random((T, B)) < 0.2,
+        rng.random((T, B)) < 0.8,
+    )
+    given = {"lengths": [T, 2, 5], "resets": resets, "mask": mask, "return_cells": True, "seed": 3}
+    y, state, tape, cells = layer.forward(x, **given)
+    assert (y.shape, cells.shape) == ((T, B, 2 * P), (T, B, 2 * H))
+    assert [part.shape for part in state] == [(4, B, P), (4, B, H)]
+    there = (np.arange(T)[:, None] < np.array(given["lengths"]))[..., None]
+    of_y, of_cells = (rng.standard_normal(part.shape) * there for part in (y, cells))
+    of_state = [rng.standard_normal(part.shape) for part in state]
+    grads = layer.backward(tape, of_y, tuple(of_state), grad_cells=of_cells)
+
+    def loss():
+        y, state, _, cells = layer.forward(x, **given)
+        parts = [(y, of_y), (cells, of_cells), *zip(state, of_state, strict=True)]
+        return sum(float((part * weight).sum()) for part, weight in parts)
+
+    for parameter, grad in [
+        (x, grads.x),
+        *zip(layer.weights.values(), grads.weights.values(), strict=True),
+    ]:
+        start, direction = parameter.copy(), rng.standard_normal(parameter.shape)
+        sides = []
+        for step in (2e-6, -2e-6):
+            parameter[...] = start + step * direction
+            sides.append(loss())
+        parameter[...] = start
+        measured = (sides[0] - sides[1]) / 4e-6
+        assert measured == pytest.approx(float((grad * direction).sum()), rel=1e-6, abs=1e-7)
