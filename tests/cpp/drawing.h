@@ -119,8 +119,8 @@ struct StateArrays {
   Array<S> c;
   StateArrays() = default;
   StateArrays(const StackShape& s, Index B, Index offset)
-      : h(s.num_layers * B * s.output_size(), offset) {
-    if (has_cell_state(s.cell)) c = Array<S>(s.num_layers * B * s.hidden_size, offset);
+      : h(s.layers() * B * s.output_size(), offset) {
+    if (has_cell_state(s.cell)) c = Array<S>(s.layers() * B * s.hidden_size, offset);
   }
   State<S> view() const { return {h.data(), c.data()}; }
   State<const S> const_view() const { return {h.data(), c.data()}; }
@@ -145,7 +145,7 @@ struct WeightArrays {
                                          norm,
                                          norm && cells,
                                          norm && cells && bias};
-    for (Index l = 0; l < s.num_layers; ++l) {
+    for (Index l = 0; l < s.layers(); ++l) {
       for (int i = 0; i < weights_a_layer; ++i) {
         const auto [rows, columns] = weight_shape(s.layer(l), i);
         arrays.push_back(there[i] ? Array<S>(columns > 0 ? rows * columns : rows, offset)

@@ -35,6 +35,8 @@ struct Options {
   bool bias, initial, grad_y, grad_final, grad_x;
   bool resets, mask, seeded, cells, grad_cells;
   std::uint64_t seed;
+  std::vector<Index> lengths;  // of all steps from the first of the session on; empty: all
+  bool packed;
   Index begin;
   int threads;
   Layout x, y, dy, dx;
@@ -50,14 +52,16 @@ Index draw_size(Random& random) {
 }
 
 double flops(const StackShape& s) {
-  return 2.0 * gates(s.cell) * s.hidden_size *
-         double(s.input_size + (2 * s.num_layers - 1) * s.output_size());
+  const Index above = (s.num_layers - 1) * (s.directions + 1) * s.output_size();
+  return 2.0 * gates(s.cell) * s.hidden_size * s.directions *
+         double(s.input_size + s.output_size() + above);
 }
 
 Options draw_options(Random& random) {
   Options o{};
   o.shape.cell = static_cast<Cell>(random.between(0, 5));
   o.shape.num_layers = random.chance(0.6) ? 1 : random.between(2, 3);
+  o.shape.directions = random.chance(0.7) ? 1 : 2;
   // So few rows of so wide layers that threads share each step.
   const bool shared_steps = random.chance(0.2);
   const auto draw = [&] { return shared_steps ? random.between(40, 150) : draw_size(random); };
@@ -82,25 +86,29 @@ Options draw_options(Random& random) {
   o.threads = static_cast<int>(random.between(1, 3));
   o.x = layout(), o.y = layout(), o.dy = layout(), o.dx = layout();
   o.offset = random.between(0, 1);
+  const auto rate = [&] { return random.chance(0.3) ? random.between(1, 10) * 0.1 : 0.0; };
+  o.shape.dropout = rate();
   if (random.chance(0.5)) {
-    const auto rate = [&] { return random.chance(0.3) ? random.between(1, 10) * 0.1 : 0.0; };
     o.resets = random.chance(0.4), o.mask = random.chance(0.4);
-    o.shape.options.recurrent_dropout = rate();
+    // What more leaves of h' is so large that errors grow from step to step, or nothing.
+    const double dropped = rate();
+    o.shape.options.recurrent_dropout = dropped <= 0.6 ? dropped : 1.0;
     o.shape.options.zoneout_h = rate();
     if (has_cell_state(o.shape.cell)) {
       o.shape.options.zoneout_c = rate();
       o.shape.options.peephole = random.chance(0.4);
       o.cells = random.chance(0.4), o.grad_cells = random.chance(0.4);
     }
-    o.seeded = random.chance(0.8);
-    o.seed = static_cast<std::uint64_t>(random.between(0, 1000)) << 30;
-    o.begin = random.between(0, 50);
+    // Two directions need all of time at once.
+    if (o.shape.directions == 1) o.begin = random.between(0, 50);
   }
+  o.seeded = random.chance(0.8);
+  o.seed = static_cast<std::uint64_t>(random.between(0, 1000)) << 30;
 
   double most_rows = most_flops / flops(o.shape);
   // Of more sums one or another is always near the kink.
   if (o.shape.cell == Cell::rnn_relu) {
-    most_rows = std::min(most_rows, 3e4 / double(o.shape.num_layers * o.shape.hidden_size));
+    most_rows = std::min(most_rows, 3e4 / double(o.shape.layers() * o.shape.hidden_size));
   }
   o.B = random.chance(0.7) || shared_steps ? random.between(1, 9) : random.between(1, 40);
   o.T = random.chance(0.05)  ? 0
@@ -108,25 +116,37 @@ Options draw_options(Random& random) {
                              : random.between(1, 400);
   o.B = std::min(o.B, static_cast<Index>(most_rows));
   o.T = std::min(o.T, static_cast<Index>(most_rows) / o.B);
+  if (random.chance(0.4)) {
+    const Index all = o.begin + o.T;
+    for (Index b = 0; b < o.B; ++b) {
+      o.lengths.push_back(random.chance(0.2) ? all : random.between(0, all));
+    }
+    o.packed = o.begin == 0 && !o.resets && !o.mask && random.chance(0.5);
+    if (o.packed) std::sort(o.lengths.rbegin(), o.lengths.rend());
+  }
   return o;
 }
 
 std::string text_of(const Options& o, const char* type) {
-  char text[500];
+  std::string lengths;
+  for (const Index length : o.lengths) lengths += " " + std::to_string(length);
+  char text[600];
   std::snprintf(
       text, sizeof text,
-      "%s %s T=%td B=%td I=%td H=%td P=%td L=%td bias=%d initial=%d grad_y=%d grad_final=%d "
+      "%s %s T=%td B=%td I=%td H=%td P=%td L=%td D=%td dropout=%g packed=%d bias=%d initial=%d "
+      "grad_y=%d grad_final=%d "
       "grad_x=%d threads=%d layouts x=%d y=%d dy=%d dx=%d offset=%td resets=%d mask=%d "
       "recurrent_dropout=%g zoneout=%g,%g peephole=%d layer_norm=%d narrow_tape=%d seeded=%d "
       "cells=%d,%d "
       "begin=%td",
       name_of(o.shape.cell), type, o.T, o.B, o.shape.input_size, o.shape.hidden_size,
-      o.shape.proj_size, o.shape.num_layers, o.bias, o.initial, o.grad_y, o.grad_final, o.grad_x,
-      o.threads, int(o.x), int(o.y), int(o.dy), int(o.dx), o.offset, o.resets, o.mask,
-      o.shape.options.recurrent_dropout, o.shape.options.zoneout_h, o.shape.options.zoneout_c,
-      o.shape.options.peephole, o.shape.options.layer_norm, o.shape.options.narrow_tape, o.seeded,
-      o.cells, o.grad_cells, o.begin);
-  return text;
+      o.shape.proj_size, o.shape.num_layers, o.shape.directions, o.shape.dropout, o.packed, o.bias,
+      o.initial, o.grad_y, o.grad_final, o.grad_x, o.threads, int(o.x), int(o.y), int(o.dy),
+      int(o.dx), o.offset, o.resets, o.mask, o.shape.options.recurrent_dropout,
+      o.shape.options.zoneout_h, o.shape.options.zoneout_c, o.shape.options.peephole,
+      o.shape.options.layer_norm, o.shape.options.narrow_tape, o.seeded, o.cells, o.grad_cells,
+      o.begin);
+  return text + (lengths.empty() ? "" : " lengths=" + lengths.substr(1));
 }
 
 // Says where a result is wrong, and counts it.
@@ -176,7 +196,39 @@ Vector slice(const Vector& all, Index l, Index n) {
   return all.empty() ? Vector() : Vector(all.begin() + l * n, all.begin() + (l + 1) * n);
 }
 
-void append(Vector& to, const Vector& more) { to.insert(to.end(), more.begin(), more.end()); }
+// The numbers of columns [from, from + n) of each row; as many columns go into `to` at that place.
+Vector columns(const Vector& all, Index width, Index from, Index n) {
+  Vector some;
+  for (Index row = 0; row < static_cast<Index>(all.size()) / width; ++row) {
+    some.insert(some.end(), all.begin() + row * width + from, all.begin() + row * width + from + n);
+  }
+  return some;
+}
+void put_columns(Vector& to, Index width, Index from, const Vector& some, Index n) {
+  for (Index row = 0; row < static_cast<Index>(some.size()) / n; ++row) {
+    std::copy_n(some.begin() + row * n, n, to.begin() + row * width + from);
+  }
+}
+
+// The rows in the opposite order, if they are to be.
+Vector turned(Vector all, Index width, bool backward) {
+  if (!backward) return all;
+  Vector found;
+  for (Index row = static_cast<Index>(all.size()) / width - 1; row >= 0; --row) {
+    found.insert(found.end(), all.begin() + row * width, all.begin() + (row + 1) * width);
+  }
+  return found;
+}
+
+void add(Vector& to, const Vector& more) {
+  to.resize(std::max(to.size(), more.size()));
+  for (std::size_t i = 0; i < more.size(); ++i) to[i] += more[i];
+}
+
+Vector times(Vector all, const Vector& factors) {
+  for (std::size_t i = 0; i < all.size(); ++i) all[i] *= factors[i];
+  return all;
+}
 
 bool stop_at_once(void*) { return true; }
 
@@ -186,11 +238,11 @@ class StackProblem {
  public:
   StackProblem(Random& random, const Options& o)
       : o_(o),
-        x_(o.x, o.T, o.B, o.shape.input_size, o.offset),
-        dy_(o.dy, o.T, o.B, o.shape.output_size(), o.offset),
+        x_(sequence(o.x, o.shape.input_size)),
+        dy_(sequence(o.dy, y_width())),
         initial_(o.shape, o.B, o.offset),
         grad_final_(o.shape, o.B, o.offset),
-        grad_cells_(o.dy, o.T, o.B, o.shape.hidden_size, o.offset),
+        grad_cells_(sequence(o.dy, c_width())),
         resets_(o.resets ? Array<bool>(o.T * o.B, o.offset) : Array<bool>()),
         mask_(o.mask ? Array<bool>(o.T * o.B, o.offset) : Array<bool>()),
         weights_(o.shape, o.bias, o.offset) {
@@ -199,18 +251,18 @@ class StackProblem {
   }
 
   void check(Verdict& verdict, bool interrupt) {
-    const Index L = o_.shape.num_layers, H = o_.shape.hidden_size;
     // A normalised value and its gradient are what is left of larger ones, a unit as wide as
     // theirs.
-    const double allowed = (o_.shape.options.layer_norm ? 4 : 1) *
-                           tolerance<S>(L * (o_.shape.input_size + H) + o_.T * o_.B);
+    const double allowed =
+        (o_.shape.options.layer_norm ? 4 : 1) *
+        tolerance<S>(o_.shape.num_layers * (o_.shape.input_size + c_width()) + o_.T * o_.B);
     const Expected want = expected();
     const auto weights = weights_.template views<const S>();
-    const SequenceArray<S> y(o_.y, o_.T, o_.B, o_.shape.output_size(), o_.offset);
+    const SequenceArray<S> y = sequence(o_.y, y_width());
     const StateArrays<S> final(o_.shape, o_.B, o_.offset);
     Forward<S> run{o_.T, input(), {}, y.view(), final.view()};
     run.begin = o_.begin;
-    const SequenceArray<S> cells(o_.y, o_.T, o_.B, H, o_.offset);
+    const SequenceArray<S> cells = sequence(o_.y, c_width());
     if (o_.cells) run.cells = cells.view();
     const auto session_with = [&](const std::uint64_t* seed) {
       Batch batch{o_.begin + o_.T, o_.B};
@@ -218,6 +270,8 @@ class StackProblem {
       batch.begin = o_.begin;
       batch.resets = resets_.data();
       batch.mask = mask_.data();
+      if (!o_.lengths.empty()) batch.lengths = o_.lengths.data();
+      batch.packed = o_.packed;
       return std::make_unique<Session<S>>(o_.shape, weights.data(), batch, o_.T);
     };
     const auto session = [&] { return session_with(o_.seeded ? &o_.seed : nullptr); };
@@ -240,7 +294,7 @@ class StackProblem {
     final.h.fill(nan<S>);
     cells.array().fill(nan<S>);
     if (final.c.data()) final.c.fill(nan<S>);
-    const Array<S> tape(tape_size(o_.shape, o_.T, o_.B), o_.offset);
+    const Array<S> tape(session()->tape_size(o_.begin, o_.T), o_.offset);
     session()->record(run, tape.data());
     check_forward("record");
     // The gradient of an expectation is of no use to a training.
@@ -249,7 +303,7 @@ class StackProblem {
     // The roundings of a narrow tape are larger than any of the arithmetic.
     const double near =
         o_.shape.options.narrow_tape ? std::max(allowed, 4 * bfloat16_unit) : allowed;
-    const SequenceArray<S> grad_x(o_.dx, o_.T, o_.B, o_.shape.input_size, o_.offset);
+    const SequenceArray<S> grad_x = sequence(o_.dx, o_.shape.input_size);
     const StateArrays<S> grad_initial(o_.shape, o_.B, o_.offset);
     const WeightArrays<S> grads(o_.shape, o_.bias, o_.offset);
     for (const Array<S>& grad : grads.arrays) grad.fill(S(0.5));
@@ -287,6 +341,8 @@ class StackProblem {
 
     if (!interrupt) return;
     run.final = final.view();
+    bool any_step = false;
+    for (Index b = 0; b < o_.B; ++b) any_step |= steps(b) > 0;
     const auto stopped = [&](const char* verb, auto&& call) {
       bool thrown = false;
       try {
@@ -294,7 +350,7 @@ class StackProblem {
       } catch (const Interrupted&) {
         thrown = true;
       }
-      verdict.require(thrown == (o_.T > 0), verb, "a poll that says stop was not heeded");
+      verdict.require(thrown == any_step, verb, "a poll that says stop was not heeded");
     };
     stopped("advance", [&] { session()->advance(run, {stop_at_once, nullptr}); });
     stopped("record", [&] { session()->record(run, tape.data(), {stop_at_once, nullptr}); });
@@ -307,7 +363,45 @@ class StackProblem {
     std::vector<Vector> grads;  // in the order of WeightArrays
   };
 
-  Sequence<const S> input() const { return o_.T > 0 ? x_.const_view() : Sequence<const S>{}; }
+  Index y_width() const { return o_.shape.directions * o_.shape.output_size(); }
+  Index c_width() const { return o_.shape.directions * o_.shape.hidden_size; }
+
+  // The steps of this run that a row has.
+  Index steps(Index b) const {
+    if (o_.lengths.empty()) return o_.T;
+    return std::clamp<Index>(o_.lengths[b] - o_.begin, 0, o_.T);
+  }
+  // Which row of a sequence array a step of a row is.
+  Index place(Index t, Index b) const {
+    if (!o_.packed) return t * o_.B + b;
+    Index before = 0;
+    for (const Index length : o_.lengths) before += std::min(length, t);
+    return before + b;
+  }
+  Index rows() const { return o_.packed ? place(o_.T, 0) : o_.T * o_.B; }
+
+  SequenceArray<S> sequence(Layout layout, Index width) const {
+    return o_.packed ? SequenceArray<S>(layout, rows() > 0, rows(), width, o_.offset)
+                     : SequenceArray<S>(layout, o_.T, o_.B, width, o_.offset);
+  }
+  // The steps of one row.
+  Vector row_of(const SequenceArray<S>& all, Index width, Index b) const {
+    const Vector values = all.doubles();
+    Vector row;
+    for (Index t = 0; t < steps(b); ++t) {
+      const auto first = values.begin() + place(t, b) * width;
+      row.insert(row.end(), first, first + width);
+    }
+    return row;
+  }
+  void put_row(Vector& to, Index width, Index b, const Vector& row) const {
+    to.resize(rows() * width);
+    for (Index t = 0; t < steps(b); ++t) {
+      std::copy_n(row.begin() + t * width, width, to.begin() + place(t, b) * width);
+    }
+  }
+
+  Sequence<const S> input() const { return rows() > 0 ? x_.const_view() : Sequence<const S>{}; }
 
   void draw(Random& random) {
     const auto normal = [&] { return random.normal(); };
@@ -321,9 +415,16 @@ class StackProblem {
     resets_.draw([&] { return random.chance(often); });
     mask_.draw([&] { return !random.chance(often); });
     // What is missing may hold anything.
-    for (Index row = 0; row < o_.T * o_.B && o_.mask; ++row) {
-      S* const x = x_.view().at(row / o_.B, row % o_.B);
-      if (!mask_[row]) std::fill(x, x + o_.shape.input_size, nan<S>);
+    const auto lose = [](const SequenceArray<S>& all, Index t, Index b, Index width) {
+      std::fill_n(all.view().at(t, b), width, nan<S>);
+    };
+    for (Index t = 0; t < o_.T && !o_.packed; ++t) {
+      for (Index b = 0; b < o_.B; ++b) {
+        const bool behind = t >= steps(b);
+        if (behind || (o_.mask && !mask_[t * o_.B + b])) lose(x_, t, b, o_.shape.input_size);
+        if (behind) lose(dy_, t, b, y_width());
+        if (behind) lose(grad_cells_, t, b, c_width());
+      }
     }
     for (const StateArrays<S>* state : {&initial_, &grad_final_}) {
       state->h.draw(normal);
@@ -333,106 +434,163 @@ class StackProblem {
       weight.draw([&] { return random.uniform(bound); });
   }
 
-  reference::Problem layer_problem(Index l, const Vector& x) {
-    const Index H = o_.shape.hidden_size, n_h = o_.B * o_.shape.output_size(), n_c = o_.B * H;
+  // A row alone, in layer k, which is one direction of one layer: the reference goes forward only,
+  // so a direction that runs backward gets its steps in the opposite order.
+  reference::Problem row_problem(Index k, Index b, const Vector& x) {
+    const Index n = steps(b), H = o_.shape.hidden_size, R = o_.shape.output_size();
+    const bool backward = k % o_.shape.directions == 1;
     reference::Problem p{};
     p.cell = static_cast<reference::Cell>(o_.shape.cell);
-    p.T = o_.T, p.B = o_.B, p.I = o_.shape.layer(l).input_size, p.H = H;
-    p.x = x.data();
+    p.T = n, p.B = 1, p.I = o_.shape.layer(k).input_size, p.H = H;
     kept_.clear();
+    flags_.clear();
     const auto keep = [this](Vector values) {
       kept_.push_back(std::make_unique<Vector>(std::move(values)));
       return pointer(*kept_.back());
     };
-    if (o_.initial) {
-      p.h0 = keep(slice(initial_.h.doubles(), l, n_h));
-      p.c0 = keep(slice(initial_.c.doubles(), l, n_c));
-    }
-    if (o_.grad_final) {
-      p.grad_h = keep(slice(grad_final_.h.doubles(), l, n_h));
-      p.grad_c = keep(slice(grad_final_.c.doubles(), l, n_c));
-    }
-    const Array<S>* w = &weights_.arrays[weights_a_layer * l];
+    p.x = keep(turned(x, p.I, backward));
+    const auto state = [&](const Array<S>& all, Index width) {
+      return keep(slice(all.doubles(), k * o_.B + b, width));
+    };
+    if (o_.initial) p.h0 = state(initial_.h, R), p.c0 = state(initial_.c, H);
+    if (o_.grad_final) p.grad_h = state(grad_final_.h, R), p.grad_c = state(grad_final_.c, H);
+    const Array<S>* w = &weights_.arrays[weights_a_layer * k];
     p.w_ih = keep(w[0].doubles()), p.w_hh = keep(w[1].doubles());
     p.b_ih = keep(w[2].doubles()), p.b_hh = keep(w[3].doubles());
     p.peephole = keep(w[7].doubles());
     p.gain_ih = keep(w[8].doubles()), p.gain_hh = keep(w[9].doubles());
     p.gain_c = keep(w[10].doubles()), p.shift_c = keep(w[11].doubles());
     p.P = o_.shape.proj_size, p.w_hr = keep(w[4].doubles());
-    p.resets = resets_.data();
-    p.mask = mask_.data();
-    if (o_.grad_cells && l == o_.shape.num_layers - 1) p.grad_cells = keep(grad_cells_.doubles());
-    const auto drawn = [&](Draw draw, double kept, S value, Index t, Index b) {
-      Vector row(draw == Draw::zoneout_c ? H : o_.shape.output_size());
-      const Index step = draw == Draw::recurrent_dropout ? 0 : o_.begin + t;
-      draw_mask(o_.seed, {draw, l, step, b}, 1 - kept, double(value), Index(row.size()),
-                row.data());
-      return row;
+    const auto flags = [&](const Array<bool>& all, Index later) -> const bool* {
+      if (!all.data()) return nullptr;
+      flags_.push_back(std::make_unique<bool[]>(n));
+      for (Index t = 0; t + later < n; ++t) {
+        flags_.back()[backward ? n - 1 - t : t] = all[(t + later) * o_.B + b];
+      }
+      return flags_.back().get();
     };
+    p.resets = flags(resets_, backward);  // the same steps are kept apart
+    p.mask = flags(mask_, 0);
+
     const LayerOptions& options = o_.shape.options;
     const double drop = options.recurrent_dropout;
     if (o_.seeded && drop > 0) {
-      Vector mask;
-      for (Index b = 0; b < o_.B; ++b) {
-        append(mask,
-               drawn(Draw::recurrent_dropout, 1 - drop, S(drop < 1 ? 1 / (1 - drop) : 0), 0, b));
-      }
-      p.recurrent_mask = keep(mask);
+      const S scale = S(drop < 1 ? 1 / (1 - drop) : 0);
+      p.recurrent_mask = keep(drawn({Draw::recurrent_dropout, k, 0, b}, drop, scale, R));
     }
     const auto kept = [&](Draw draw, double rate) -> const double* {
       if (rate == 0) return nullptr;
-      Vector all;
-      for (Index row = 0; row < o_.T * o_.B; ++row) {
-        append(all, o_.seeded ? drawn(draw, rate, S(1), row / o_.B, row % o_.B)
-                              : Vector(draw == Draw::zoneout_c ? H : o_.shape.output_size(),
-                                       double(S(rate))));
-      }
-      return keep(all);
+      const Index width = draw == Draw::zoneout_c ? H : R;
+      return keep(turned(o_.seeded ? drawn_steps({draw, k, 0, b}, 1 - rate, S(1), width)
+                                   : Vector(n * width, double(S(rate))),
+                         width, backward));
     };
     p.keep_h = kept(Draw::zoneout_h, options.zoneout_h);
     p.keep_c = kept(Draw::zoneout_c, options.zoneout_c);
     return p;
   }
 
-  Expected expected() {
-    const Index L = o_.shape.num_layers;
-    std::vector<Vector> inputs{x_.doubles()};
-    std::vector<reference::Result> results;
-    for (Index l = 0; l + 1 < L; ++l)
-      inputs.push_back(reference::run(layer_problem(l, inputs[l])).y);
-    Vector grad_y = o_.grad_y ? dy_.doubles() : Vector();
-    for (Index l = L - 1; l >= 0; --l) {
-      reference::Problem p = layer_problem(l, inputs[l]);
-      p.grad_y = pointer(grad_y);
-      results.insert(results.begin(), reference::run(p));
-      grad_y = results.front().grad_x;
+  Vector drawn(const Place& place, double drop, S scale, Index width) const {
+    Vector mask(width);
+    draw_mask(o_.seed, place, drop, double(scale), width, mask.data());
+    return mask;
+  }
+  Vector drawn_steps(Place place, double drop, S scale, Index width) const {
+    Vector all;
+    for (Index t = 0; t < steps(place.row); ++t) {
+      place.step = o_.begin + t;
+      const Vector mask = drawn(place, drop, scale, width);
+      all.insert(all.end(), mask.begin(), mask.end());
     }
-    const Vector none;  // of the learned states, which no problem has
-    Expected want;
-    want.y = results.back().y;
-    want.cells = results.back().cells;
-    want.grad_x = grad_y;
-    for (const reference::Result& r : results) {
-      append(want.h, r.h);
-      append(want.c, r.c);
-      append(want.grad_h, r.grad_h0);
-      append(want.grad_c, r.grad_c0);
-      for (const Vector* grad :
-           {&r.grad_w_ih, &r.grad_w_hh, &r.grad_b_ih, &r.grad_b_hh, &r.grad_w_hr, &none, &none,
-            &r.grad_peephole, &r.grad_gain_ih, &r.grad_gain_hh, &r.grad_gain_c, &r.grad_shift_c}) {
-        want.grads.push_back(*grad);
+    return all;
+  }
+  // What the output of a layer below the last is multiplied by.
+  Vector dropout(Index l, Index b) const {
+    const double p = o_.shape.dropout;
+    if (!o_.seeded || p == 0) return Vector(steps(b) * y_width(), 1);
+    return drawn_steps({Draw::dropout, l, 0, b}, p, S(p < 1 ? 1 / (1 - p) : 0), y_width());
+  }
+
+  // One layer of one row in all its directions.
+  struct LayerResults {
+    Vector y, cells, grad_x;
+    std::vector<reference::Result> parts;
+  };
+  LayerResults run_layer(Index l, Index b, const Vector& x, const Vector& grad_y) {
+    const Index D = o_.shape.directions, R = o_.shape.output_size(), H = o_.shape.hidden_size;
+    LayerResults all{Vector(steps(b) * D * R), Vector(steps(b) * D * H), Vector(), {}};
+    for (Index d = 0; d < D; ++d) {
+      reference::Problem p = row_problem(l * D + d, b, x);
+      const Vector grad_d = turned(columns(grad_y, D * R, d * R, R), R, d == 1);
+      p.grad_y = pointer(grad_d);
+      Vector grad_c;
+      if (o_.grad_cells && l == o_.shape.num_layers - 1) {
+        grad_c = turned(columns(row_of(grad_cells_, D * H, b), D * H, d * H, H), H, d == 1);
       }
+      p.grad_cells = pointer(grad_c);
+      reference::Result r = reference::run(p);
+      put_columns(all.y, D * R, d * R, turned(r.y, R, d == 1), R);
+      put_columns(all.cells, D * H, d * H, turned(r.cells, H, d == 1), H);
+      add(all.grad_x, turned(r.grad_x, p.I, d == 1));
+      all.parts.push_back(std::move(r));
+    }
+    return all;
+  }
+
+  Expected expected() {
+    const Index L = o_.shape.num_layers, D = o_.shape.directions;
+    const Index R = o_.shape.output_size(), H = o_.shape.hidden_size, I = o_.shape.input_size;
+    Expected want;
+    want.grads.resize(L * D * weights_a_layer);
+    for (const auto& [state, width] :
+         {std::pair{&want.h, R}, {&want.grad_h, R}, {&want.c, H}, {&want.grad_c, H}}) {
+      state->resize(L * D * o_.B * width);
+    }
+    for (Index b = 0; b < o_.B; ++b) {
+      std::vector<Vector> inputs{row_of(x_, I, b)};
+      for (Index l = 0; l + 1 < L; ++l) {
+        inputs.push_back(times(run_layer(l, b, inputs[l], {}).y, dropout(l, b)));
+      }
+      Vector grad = o_.grad_y ? row_of(dy_, y_width(), b) : Vector();
+      for (Index l = L - 1; l >= 0; --l) {
+        const LayerResults layer = run_layer(l, b, inputs[l], grad);
+        if (l == L - 1) put_row(want.y, y_width(), b, layer.y);
+        if (l == L - 1 && o_.cells) put_row(want.cells, c_width(), b, layer.cells);
+        for (Index d = 0; d < D; ++d) {
+          const reference::Result& r = layer.parts[d];
+          const Index k = l * D + d, at = k * o_.B + b;
+          std::copy(r.h.begin(), r.h.end(), want.h.begin() + at * R);
+          std::copy(r.c.begin(), r.c.end(), want.c.begin() + at * H);
+          std::copy(r.grad_h0.begin(), r.grad_h0.end(), want.grad_h.begin() + at * R);
+          std::copy(r.grad_c0.begin(), r.grad_c0.end(), want.grad_c.begin() + at * H);
+          const Vector none;  // of the learned states, which no problem has
+          const Vector* const grads[] = {&r.grad_w_ih,    &r.grad_w_hh,     &r.grad_b_ih,
+                                         &r.grad_b_hh,    &r.grad_w_hr,     &none,
+                                         &none,           &r.grad_peephole, &r.grad_gain_ih,
+                                         &r.grad_gain_hh, &r.grad_gain_c,   &r.grad_shift_c};
+          static_assert(std::size(grads) == weights_a_layer);
+          for (int i = 0; i < weights_a_layer; ++i) {
+            add(want.grads[k * weights_a_layer + i], *grads[i]);
+          }
+        }
+        grad = l > 0 ? times(layer.grad_x, dropout(l - 1, b)) : layer.grad_x;
+      }
+      put_row(want.grad_x, I, b, grad);
     }
     return want;
   }
 
   // Whether any sum that goes into a relu is too near to zero.
   bool near_the_kink() {
-    Vector x = x_.doubles();
-    for (Index l = 0; l < o_.shape.num_layers; ++l) {
-      const reference::Result result = reference::run(layer_problem(l, x));
-      if (result.kink < relu_margin) return true;
-      x = result.y;
+    for (Index b = 0; b < o_.B; ++b) {
+      Vector x = row_of(x_, o_.shape.input_size, b);
+      for (Index l = 0; l < o_.shape.num_layers; ++l) {
+        const LayerResults layer = run_layer(l, b, x, {});
+        for (const reference::Result& part : layer.parts) {
+          if (part.kink < relu_margin) return true;
+        }
+        x = times(layer.y, dropout(l, b));
+      }
     }
     return false;
   }
@@ -446,7 +604,9 @@ class StackProblem {
   Array<bool> resets_;
   Array<bool> mask_;
   WeightArrays<S> weights_;
-  std::vector<std::unique_ptr<Vector>> kept_;  // what the reference's problem points at
+  // What the reference's problem points at.
+  std::vector<std::unique_ptr<Vector>> kept_;
+  std::vector<std::unique_ptr<bool[]>> flags_;
 };
 
 template <class S>

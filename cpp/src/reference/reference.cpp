@@ -268,7 +268,7 @@ Result rnn(const Problem& p) {
     add(p.b_hh, H, s.data());
     for (std::size_t j = 0; j < H; ++j) {
       const std::size_t k = row * H + j;
-      out.kink = std::min(out.kink, std::abs(s[j]));
+      if (s[j] != 0) out.kink = std::min(out.kink, std::abs(s[j]));
       // In this form a NaN stays a NaN.
       h[k] = p.cell == Cell::rnn_tanh ? std::tanh(s[j]) : (s[j] <= 0.0 ? 0.0 : s[j]);
       around.end_h(row, j, h[k]);

@@ -78,7 +78,7 @@ struct Result {
   std::vector<double> y, h, c;
   std::vector<double> grad_x, grad_h0, grad_c0;
   std::vector<double> grad_w_ih, grad_w_hh, grad_b_ih, grad_b_hh, grad_w_hr;
-  double kink;  // the smallest magnitude of what went into a relu
+  double kink;  // the smallest magnitude, but for zeros, of what went into a relu
   std::vector<double> cells, grad_peephole, grad_restart_h, grad_restart_c;
   std::vector<double> grad_gain_ih, grad_gain_hh, grad_gain_c, grad_shift_c;
 };
