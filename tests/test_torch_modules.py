@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import itertools
 import pickle
@@ -10,6 +11,7 @@ import re
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -271,8 +273,38 @@ def test_gradcheck(kind, options, more, on_the_core):
 
 
 @pytest.mark.parametrize("kind", CELLS)
-def test_gradcheck_of_cells(kind, on_the_core):
-    assert gradcheck(*differentiable(kind))
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradcheck_of_cells(kind, bias, on_the_core):
+    assert gradcheck(*differentiable(kind, bias=bias))
+
+
+@pytest.mark.parametrize("how", ["batched", "unbatched", "packed"])
+@pytest.mark.parametrize(
+    ("kind", "options"), [*VARIANTS, pytest.param("RNN", {"nonlinearity": "relu"}, id="relu")]
+)
+@pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning")
+def test_gradcheck_of_every_option(kind, options, how, on_the_core):
+    """Through two layers and both directions, in torch's fast mode: one random direction each."""
+    torch.manual_seed(4)  # no sum of the relu near its kink
+    module = getattr(ft, kind)
+    for bias, batch_first, dropout in itertools.product((True, False), (True, False), (0.0, 0.5)):
+        layer = module(
+            2, 3, 2, bias=bias, batch_first=batch_first, dropout=dropout, bidirectional=True,
+            dtype=torch.float64, **options,
+        )  # fmt: skip
+        names = [name for name, _ in layer.named_parameters()]
+
+        def function(x, *weights, layer=layer, names=names, batch_first=batch_first):
+            torch.manual_seed(1)  # so that the same values are dropped each time
+            if how == "packed":
+                x = pack_padded_sequence(x, [2, 3], batch_first, enforce_sorted=False)
+            parameters = dict(zip(names, weights, strict=True))
+            return tuple(flat(torch.func.functional_call(layer, parameters, (x,))))
+
+        shape = (3, 2) if how == "unbatched" else (2, 3, 2) if batch_first else (3, 2, 2)
+        arguments = [torch.randn(shape, dtype=torch.float64), *layer.parameters()]
+        arguments = [argument.detach().requires_grad_() for argument in arguments]
+        assert gradcheck(function, arguments, fast_mode=True)
 
 
 @pytest.mark.parametrize("kind", LAYERS + CELLS)
@@ -395,6 +427,50 @@ def test_without_gradients_nothing_is_kept(mode, monkeypatch, on_the_core):
     assert kept == [False, False]
 
 
+def test_saved_tensors_hooks(on_the_core):
+    """What comes back may lie elsewhere, and is looked at before the core sees it."""
+    theirs, ours = pair("LSTM", I, H, 2, bidirectional=True)
+    x = torch.randn(T, B, I)
+
+    def spread(tensor):
+        wide = tensor.new_empty(*tensor.shape, 2)
+        wide[..., 0] = tensor.detach()
+        return wide
+
+    def gradients(module, pack, unpack):
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            y = module(x)[0]
+        return torch.autograd.grad(y.sum(), list(module.parameters()))
+
+    want = torch.autograd.grad(theirs(x)[0].sum(), list(theirs.parameters()))
+    assert_same(gradients(ours, spread, lambda wide: wide[..., 0]), want)
+    for wrong in (lambda t: t[..., :-1], lambda t: t.double(), lambda t: t.to("meta")):
+        with pytest.raises(RuntimeError, match="wanted"):
+            gradients(ours, lambda t: t, wrong)
+
+
+def test_anomaly_mode_finds_a_nan(on_the_core):
+    layer = ft.GRU(I, H)
+    x = torch.randn(T, B, I)
+    x[2, 1] = float("nan")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that anomaly mode is on
+        with torch.autograd.detect_anomaly(), pytest.raises(RuntimeError, match="nan values"):
+            layer(x)[0].sum().backward()
+
+
+def test_calls_from_several_threads(on_the_core):
+    theirs, ours = pair("LSTM", I, H, dtype=torch.float64)
+    inputs = torch.randn(4, T, B, I, dtype=torch.float64)
+
+    def gradients(module, x):
+        return torch.autograd.grad(module(x)[0].sum(), list(module.parameters()))
+
+    with ThreadPoolExecutor(4) as pool:
+        for got, x in zip(pool.map(lambda x: gradients(ours, x), inputs), inputs, strict=True):
+            assert_same(got, gradients(theirs, x))
+
+
 def test_hooks_anomaly_mode_and_checkpoint(on_the_core):
     theirs, ours = pair("LSTM", I, H)
     x = torch.randn(T, B, I, requires_grad=True)
@@ -425,6 +501,14 @@ def test_autocast(kind):
         for got, want in zip(flat(ours(x)), flat(theirs(x)), strict=True):
             assert got.dtype == want.dtype
             assert torch.equal(got, want)
+        with torch.autocast("cpu", enabled=False):
+            assert_same(flat(ours(x)), flat(theirs(x)))
+        losses = [sum(part.float().sum() for part in flat(m(x))) for m in (ours, theirs)]
+    grads = [
+        torch.autograd.grad(loss, m.parameters())
+        for loss, m in zip(losses, (ours, theirs), strict=True)
+    ]
+    assert_same(*grads)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
@@ -498,6 +582,68 @@ def test_object(kind):
     if kind in LAYERS:
         ours.flatten_parameters()
         assert_same(flat(ours.double()(x.double())), flat(theirs.double()(x.double())))
+
+
+@pytest.mark.parametrize("kind", LAYERS + CELLS)
+def test_signature_and_text(kind):
+    theirs, ours = getattr(torch.nn, kind), getattr(ft, kind)
+    assert inspect.signature(ours) == inspect.signature(theirs)
+    names = [list(inspect.signature(c.forward).parameters) for c in (ours, theirs)]
+    assert names[0] == names[1]
+    more = {"bias": False, "dtype": torch.float64}
+    if kind in LAYERS:
+        more |= {"num_layers": 2, "batch_first": True, "dropout": 0.5, "bidirectional": True}
+    more |= {"nonlinearity": "relu"} if kind.startswith("RNN") else {}
+    more |= {"proj_size": 2} if kind == "LSTM" else {}
+    for name, value in more.items():
+        options = {name: value, "num_layers": 2} if name == "dropout" else {name: value}
+        assert repr(ours(I, H, **options)) == repr(theirs(I, H, **options))
+    modules = []
+    for made in (ours, theirs):
+        torch.manual_seed(5)
+        modules.append(made(I, H, **more))
+        modules[-1].reset_parameters()
+    for (name, got), (wanted, want) in zip(*(m.named_parameters() for m in modules), strict=True):
+        assert name == wanted
+        assert torch.equal(got, want)
+
+
+def test_copies_are_independent(on_the_core):
+    layer = ft.LSTM(I, H)
+    x = torch.randn(T, B, I)
+    want = layer(x)[0]
+    want.sum().backward()
+    other = copy.deepcopy(layer)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    assert not other(x)[0].any()
+    assert torch.equal(layer(x)[0], want)
+
+
+def test_weights_are_read_anew_each_time(on_the_core):
+    """Moved, shrunk and changed in place: nothing of a call is kept for the next."""
+    theirs, ours = pair("GRU", I, H)
+    x = torch.randn(T, B, I)
+    for change in (
+        lambda m: setattr(m.weight_hh_l0, "data", torch.ones(3 * H, H)),
+        lambda m: m.weight_ih_l0.data.mul_(2),
+        lambda m: setattr(m.bias_ih_l0, "data", torch.arange(6.0 * H)[::2]),
+        lambda m: m.load_state_dict({k: v * 0.5 for k, v in m.state_dict().items()}),
+        lambda m: m.share_memory(),
+        lambda m: setattr(m, "bias_hh_l0", m.bias_ih_l0),
+    ):
+        for module in (ours, theirs):
+            change(module)
+        assert_same(outputs_and_gradients(ours, x, []), outputs_and_gradients(theirs, x, []))
+
+
+def test_a_weight_that_has_shrunk_goes_to_the_original():
+    theirs, ours = pair("GRU", I, H)
+    for module in (ours, theirs):
+        module.weight_ih_l0.data = module.weight_ih_l0.data[:-1]
+    x = torch.randn(T, B, I)
+    assert_same_error(lambda: ours(x), lambda: theirs(x))
 
 
 def test_parametrised_and_replaced_weights(on_the_core):
@@ -740,15 +886,21 @@ def test_compile_with_breaks(allow_rnn):
     torch._dynamo.reset()
 
 
-def test_export():
-    net = Net()
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True, "proj_size": 2}], ids=str)
+@pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning")
+def test_export(options):
+    net = Net(**options)
     x = torch.randn(T, B, I)
-    steps = torch.export.Dim("steps", min=2, max=1000)
+    steps, rows = torch.export.Dim("steps", min=2), torch.export.Dim("rows", min=2)
     with torch.no_grad():
-        program = torch.export.export(net, (x,), dynamic_shapes=({0: steps},))
+        program = torch.export.export(net, (x,), dynamic_shapes=({0: steps, 1: rows},))
     assert "fastbptt.advance" in program.graph_module.code
-    longer = torch.randn(2 * T, B, I)
-    assert_same([program.module()(longer)], [net(longer)])
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    other = torch.randn(2 * T, B + 4, I)
+    for exported in (program, torch.export.load(file)):
+        assert_same([exported.module()(other)], [net(other)])
 
 
 # accelerate
