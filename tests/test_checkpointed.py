@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tracemalloc
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -158,7 +159,9 @@ def random_problem(rng):
         *(int(rng.integers(*n)) for n in ((20, 600), (1, 8), (1, 90))),
     )
     embedding, readout, batch_first, lazy = rng.random(4) < 0.5
-    dtype, loss = rng.choice(["float32", "float64"]), str(rng.choice(["mse", "cross_entropy"]))
+    dtypes = [np.dtype(name) for name in ("float32", "float64", ml_dtypes.bfloat16)]
+    dtype = dtypes[rng.integers(2 if "norm" in cell else 3)]
+    loss = str(rng.choice(["mse", "cross_entropy"]))
     layer = make_layer(cell, 9, H, int(rng.integers(1, 4)), batch_first=batch_first, dtype=dtype)
     width = int(rng.integers(1, 60)) if readout else layer.output_size
     model = fb.Model(
@@ -168,13 +171,15 @@ def random_problem(rng):
     )
     x = rng.integers(0, CLASSES, (T, B)) if embedding else rng.standard_normal((T, B, 9))
     if loss == "mse":
-        target = rng.standard_normal((T, B, width)).astype(dtype)
+        target = rng.standard_normal((T, B, width)).astype(model.compute_dtype)
     else:
         target = rng.integers(0, width, (T, B)).astype(rng.choice(["uint8", "int64"]))
     arrays = [x.astype("uint8" if embedding else dtype), target, rng.random((T, B)) < 0.9]
     if batch_first:
         arrays = [array.swapaxes(0, 1).copy() for array in arrays]
-    grad_x = None if embedding or rng.random() < 0.5 else np.empty_like(arrays[0])
+    grad_x = None
+    if not embedding and rng.random() < 0.5:
+        grad_x = np.empty(arrays[0].shape, model.compute_dtype)
     x, target, mask = (Reader(array, int(batch_first)) if lazy else array for array in arrays)
     return (
         model,
@@ -195,7 +200,8 @@ def test_memory_is_kept(seed):
     rng = np.random.default_rng(seed)
     model, arguments, options = random_problem(rng)
     least = smallest_memory(model, arguments, options)
-    results = sum(p.nbytes for p in model.parameters().values())
+    item = model.compute_dtype.itemsize
+    results = sum(p.size * item for p in model.parameters().values())
     schedule = fb.Checkpointed(memory=int(least * rng.uniform(1.2, 6.0)))
 
     def run():
@@ -400,6 +406,7 @@ def test_out_of_memory_in_the_middle_leaves_all_usable(room):
     pytest.importorskip("resource")
     script = """
 import gc, resource
+import ml_dtypes
 import numpy as np
 import fastbptt as fb
 from fastbptt import _core
