@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from fastbptt.bench.libraries import installed
+from fastbptt.bench.libraries import PRECISIONS, installed
 from fastbptt.bench.problems import length_suite, read_problems
 from report import Row, table
 
@@ -21,6 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="small,medium,large,length",
         help="suites of the table, and 'length', with commas between (default: %(default)s)",
     )
+    parser.addoption("--precision", action="store_true", help="the libraries' other precisions too")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -36,7 +37,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     chosen = [problem for problem in problems if problem.suite in wanted]
     metafunc.parametrize("problem", chosen, ids=str)
     # Inside the problems: the libraries take turns, so that both share the drift of the machine.
-    metafunc.parametrize("library", LIBRARIES)
+    more = PRECISIONS if metafunc.config.getoption("--precision") else ()
+    here = [name for name in more if name.partition(":")[0] in LIBRARIES]
+    metafunc.parametrize("library", [*LIBRARIES, *here])
 
 
 @pytest.fixture

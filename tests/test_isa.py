@@ -16,7 +16,7 @@ from reference import KERNELS, assert_close, draw, layer_for, rounding, run_libr
 
 HERE = Path(__file__).parent
 AVAILABLE = fb.cpu_info()["available"]
-KNOWN = ["baseline", "avx2", "avx512"]
+KNOWN = ["baseline", "avx2", "avx512", "avx512_bf16", "amx"]
 SIZES = [(7, 3, 5, 17, 2), (3, 1, 1, 1, 1), (5, 17, 33, 31, 1), (2, 6, 8, 64, 1)]
 
 

@@ -246,10 +246,13 @@ class Stack {
         shape_.proj_size = value.cast<Index>();
       else if (name == "narrow_tape")
         shape_.options.narrow_tape = value.cast<bool>();
-      else
+      else if (name == "precision" && !value.is_none())
+        shape_.precision = precision_of(value.cast<std::string>());
+      else if (name != "precision")
         throw py::type_error("options: got '" + name +
                              "', wanted bidirectional, dropout, peephole, layer_norm, "
-                             "recurrent_dropout, zoneout_h, zoneout_c, proj_size or narrow_tape");
+                             "recurrent_dropout, zoneout_h, zoneout_c, proj_size, narrow_tape "
+                             "or precision");
     }
   }
 

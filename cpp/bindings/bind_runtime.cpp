@@ -3,6 +3,7 @@
 #include <chrono>
 
 #include "arrays.h"
+#include "cells.h"
 #include "concepts.h"
 #include "fastbptt/buffer.h"
 #include "fastbptt/runtime.h"
@@ -52,6 +53,11 @@ void bind_runtime(py::module_& m) {
       py::arg("reset"));
   m.def("set_num_threads", &set_num_threads, py::arg("n"));
   m.def("get_num_threads", &get_num_threads);
+  m.def(
+      "set_float32_matmul_precision",
+      [](const std::string& name) { set_float32_matmul_precision(precision_of(name)); },
+      py::arg("precision"));
+  m.def("get_float32_matmul_precision", [] { return name_of(get_float32_matmul_precision()); });
 }
 
 }  // namespace fastbptt::bindings

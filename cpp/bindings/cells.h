@@ -1,4 +1,4 @@
-// The names that the cells have in Python.
+// The names that cells and precisions have in Python.
 #pragma once
 #include <pybind11/pybind11.h>
 
@@ -17,6 +17,25 @@ inline Cell cell_of(const std::string& name) {
   if (name == "lstm_coupled") return Cell::lstm_coupled;
   throw pybind11::value_error("cell: got '" + name +
                               "', wanted rnn_tanh, rnn_relu, lstm, gru or gru_reset_before");
+}
+
+inline MatmulPrecision precision_of(const std::string& name) {
+  if (name == "highest") return MatmulPrecision::highest;
+  if (name == "high") return MatmulPrecision::high;
+  if (name == "medium") return MatmulPrecision::medium;
+  throw pybind11::value_error("precision: got '" + name +
+                              "', wanted 'highest', 'high' or 'medium'");
+}
+
+inline const char* name_of(MatmulPrecision precision) {
+  switch (precision) {
+    case MatmulPrecision::high:
+      return "high";
+    case MatmulPrecision::medium:
+      return "medium";
+    default:
+      return "highest";
+  }
 }
 
 inline void check_projection(const StackShape& shape) {

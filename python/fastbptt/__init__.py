@@ -25,7 +25,13 @@ from fastbptt.linear import Linear
 from fastbptt.model import Model
 from fastbptt.online import RTRL, UORO, EProp, SnAp1
 from fastbptt.optimizers import SGD, Adam, RMSprop, clip_grad_norm
-from fastbptt.runtime import cpu_info, get_num_threads, set_num_threads
+from fastbptt.runtime import (
+    cpu_info,
+    get_float32_matmul_precision,
+    get_num_threads,
+    set_float32_matmul_precision,
+    set_num_threads,
+)
 from fastbptt.schedules import Full, Truncated
 from fastbptt.segmented import Segmented
 from fastbptt.storage import load, save
@@ -57,11 +63,13 @@ __all__ = [
     "cpu_info",
     "each_window",
     "evaluate",
+    "get_float32_matmul_precision",
     "get_num_threads",
     "gradient_flow",
     "load",
     "save",
     "segmentation_error",
+    "set_float32_matmul_precision",
     "set_num_threads",
     "value_and_grad",
 ]

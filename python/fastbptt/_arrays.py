@@ -21,6 +21,8 @@ _UINT64 = np.dtype(np.uint64)
 # A layer whose parameters take more bytes than an array can have is a mistake in its sizes.
 _MOST_BYTES = int(np.iinfo(np.intp).max)
 
+_PRECISIONS = ("highest", "high", "medium")
+
 # What an array costs beside its elements, so that very many very small ones are not free.
 _ARRAY_BYTES = 512
 
@@ -162,6 +164,15 @@ def as_finite(name: str, value: Any) -> float:
     if not math.isfinite(number):
         raise ValueError(f"{name}: got {value!r}, wanted a finite number")
     return number
+
+
+def as_precision(value: Any) -> str:
+    """Return the name of a precision of float32 products."""
+    if not isinstance(value, str):
+        raise TypeError(f"precision: got {type(value).__name__}, wanted str")
+    if value not in _PRECISIONS:
+        raise ValueError(f"precision: got {value!r}, wanted 'highest', 'high' or 'medium'")
+    return value
 
 
 def as_probability(name: str, value: Any) -> float:

@@ -15,6 +15,8 @@ def allocated_bytes(reset: bool) -> tuple[int, int]:
 
 def set_num_threads(n: int) -> None: ...
 def get_num_threads() -> int: ...
+def set_float32_matmul_precision(precision: str) -> None: ...
+def get_float32_matmul_precision() -> str: ...
 
 class Tape:
     """What one `Stack.record` kept; `Stack.reverse` consumes it."""
@@ -50,8 +52,8 @@ class Stack:
     `bias_hh`, `weight_hr`, `h0`, `c0`, `weight_peephole`, `weight_ln_ih`, `weight_ln_hh`,
     `weight_ln_c` and `bias_ln_c`, `None` for what it does not have, C-contiguous and of `dtype`;
     they are kept by reference. `options` may have `bidirectional`, `dropout`, `peephole`,
-    `layer_norm`, `recurrent_dropout`, `zoneout_h`, `zoneout_c`, `proj_size`
-    and `narrow_tape`.
+    `layer_norm`, `recurrent_dropout`, `zoneout_h`, `zoneout_c`, `proj_size`, `narrow_tape`
+    and `precision`.
 
     `batch` has what is known of a batch beside x: `lengths`, int64 `[B]`, and `seed`, of the
     dropout.

@@ -18,6 +18,7 @@ from fastbptt._arrays import (
     as_finite,
     as_flags,
     as_lengths,
+    as_precision,
     as_probability,
     as_rng,
     as_seed,
@@ -61,6 +62,8 @@ class Recurrent(Part, Generic[StateT]):
         float32, float64 or bfloat16.
     tape : str or None
         The dtype of what `forward` keeps beside x and y; None for an RNN, which keeps nothing.
+    precision : str or None
+        As given to the constructor.
     """
 
     input_size: int
@@ -74,6 +77,7 @@ class Recurrent(Part, Generic[StateT]):
     learn_initial_state: bool
     recurrent_dropout: float
     zoneout: float | tuple[float, float]
+    precision: str | None = None
     peephole: bool = False
     layer_norm: bool = False
     tape: str | None = None
@@ -101,6 +105,7 @@ class Recurrent(Part, Generic[StateT]):
         zoneout: float | tuple[float, float] = 0.0,
         proj_size: int = 0,
         layer_norm: bool = False,
+        precision: str | None = None,
     ) -> None:
         self.input_size = as_size("input_size", input_size)
         self.hidden_size = as_size("hidden_size", hidden_size)
@@ -123,6 +128,7 @@ class Recurrent(Part, Generic[StateT]):
             raise ValueError(
                 f"layer_norm: got True for a layer of {self.dtype}, wanted float32 or float64"
             )
+        self.precision = None if precision is None else as_precision(precision)
         L, I, H, D = self.num_layers, self.input_size, self.hidden_size, self.directions  # noqa: E741
         R, P = self.proj_size or H, self.proj_size
         columns = (I + R) + (L - 1) * (D + 1) * R + (2 * L if self.bias else 0)
@@ -249,6 +255,7 @@ class Recurrent(Part, Generic[StateT]):
             "learn_initial_state": self.learn_initial_state,
             "recurrent_dropout": self.recurrent_dropout,
             "zoneout": list(self.zoneout) if isinstance(self.zoneout, tuple) else self.zoneout,
+            "precision": self.precision,
         }
 
     def _runs(self) -> Iterator[tuple[int, str]]:
@@ -312,6 +319,7 @@ class Recurrent(Part, Generic[StateT]):
             "zoneout_c": pair[1] if self._has_cells else 0.0,
             "proj_size": self.proj_size,
             "narrow_tape": self.tape == "bfloat16",
+            "precision": self.precision,
         }
 
     def _flags(self, T: int, B: int, resets: Any, mask: Any) -> dict[str, Array]:
@@ -702,6 +710,8 @@ class Recurrent(Part, Generic[StateT]):
             shown.append(f"dtype={self.dtype.name!r}")
         if self._other_tape():
             shown.append(f"tape={self.tape!r}")
+        if self.precision is not None:
+            shown.append(f"precision={self.precision!r}")
         return shown
 
 
@@ -743,6 +753,9 @@ class RNN(Recurrent[Array]):
         The probability k that a unit keeps its value for a step of training:
         `h_t = d * h_{t-1} + (1 - d) * h~_t`, d one with probability k and else zero, h~ what the
         layer computes (Krueger et al. 2017). Without training d is k, the expectation.
+    precision : {"highest", "high", "medium"}, optional
+        Of the matrix products of a float32 layer, see `set_float32_matmul_precision`; by default
+        what that says when a call begins.
     seed : int, optional
         Of the initial parameters, and of what training draws; a new one each time by default.
     init : {"uniform", "orthogonal"}
@@ -789,6 +802,7 @@ class RNN(Recurrent[Array]):
         learn_initial_state: bool = False,
         recurrent_dropout: float = 0.0,
         zoneout: float = 0.0,
+        precision: str | None = None,
         seed: Any = None,
         init: str = "uniform",
     ) -> None:
@@ -805,6 +819,7 @@ class RNN(Recurrent[Array]):
             learn_initial_state=learn_initial_state,
             recurrent_dropout=recurrent_dropout,
             zoneout=zoneout,
+            precision=precision,
         )
         self._initialise(init, seed)
 
@@ -890,6 +905,9 @@ class LSTM(Recurrent[tuple[Array, Array]]):
         The dtype of what training keeps of each step beside x and y, by default that of the layer.
         In bfloat16, not for float64 layers, it takes half of the memory: the results stay the same
         to the bit, the gradient is that of gates and cells with 8 bits of precision.
+    precision : {"highest", "high", "medium"}, optional
+        Of the matrix products of a float32 layer, see `set_float32_matmul_precision`; by default
+        what that says when a call begins.
     seed : int, optional
         Of the initial parameters, and of what training draws; a new one each time by default.
     init : {"uniform", "orthogonal"}
@@ -949,6 +967,7 @@ class LSTM(Recurrent[tuple[Array, Array]]):
         coupled: bool = False,
         layer_norm: bool = False,
         tape: str | None = None,
+        precision: str | None = None,
         seed: Any = None,
         init: str = "uniform",
         forget_bias: float | None = None,
@@ -967,6 +986,7 @@ class LSTM(Recurrent[tuple[Array, Array]]):
             learn_initial_state=learn_initial_state,
             recurrent_dropout=recurrent_dropout,
             zoneout=zoneout,
+            precision=precision,
             peephole=peephole,
             coupled=coupled,
             layer_norm=layer_norm,
@@ -1068,6 +1088,9 @@ class GRU(Recurrent[Array]):
         The dtype of what training keeps of each step beside x and y, by default that of the layer.
         In bfloat16, not for float64 layers, it takes half of the memory: the results stay the same
         to the bit, the gradient is that of gates with 8 bits of precision.
+    precision : {"highest", "high", "medium"}, optional
+        Of the matrix products of a float32 layer, see `set_float32_matmul_precision`; by default
+        what that says when a call begins.
     seed : int, optional
         Of the initial parameters, and of what training draws; a new one each time by default.
     init : {"uniform", "orthogonal"}
@@ -1119,6 +1142,7 @@ class GRU(Recurrent[Array]):
         zoneout: float = 0.0,
         layer_norm: bool = False,
         tape: str | None = None,
+        precision: str | None = None,
         seed: Any = None,
         init: str = "uniform",
         chrono: float | None = None,
@@ -1138,6 +1162,7 @@ class GRU(Recurrent[Array]):
             zoneout=zoneout,
             layer_norm=layer_norm,
             tape=tape,
+            precision=precision,
         )
         self._initialise(init, seed, chrono=chrono)
 

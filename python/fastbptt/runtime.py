@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastbptt import _core
-from fastbptt._arrays import as_size
+from fastbptt._arrays import as_precision, as_size
 
 
 def cpu_info() -> dict[str, Any]:
@@ -66,3 +66,46 @@ def get_num_threads() -> int:
     True
     """
     return _core.get_num_threads()
+
+
+def set_float32_matmul_precision(precision: str) -> None:
+    """Set what the matrix products of float32 layers are made of, as in PyTorch.
+
+    It counts for the calls that begin from now on, of all recurrent layers that were made without a
+    `precision` of their own. Gates, states and sums are float32 always; so are readouts.
+
+    Parameters
+    ----------
+    precision : {"highest", "high", "medium"}
+        `"highest"`, at first: float32, or something at least as accurate. `"high"`: each value may
+        become the sum of two bfloat16 numbers, which is accurate to about 16 bits; `"medium"`: one,
+        8 bits. What is not faster so on this machine, or with so few rows, stays more accurate.
+
+    Raises
+    ------
+    ValueError
+        The name is none of these.
+    TypeError
+        No text.
+
+    Examples
+    --------
+    >>> import fastbptt as fb
+    >>> fb.set_float32_matmul_precision("medium")
+    >>> fb.get_float32_matmul_precision()
+    'medium'
+    >>> fb.set_float32_matmul_precision("highest")
+    """
+    _core.set_float32_matmul_precision(as_precision(precision))
+
+
+def get_float32_matmul_precision() -> str:
+    """Return what the matrix products of float32 layers are made of.
+
+    Examples
+    --------
+    >>> import fastbptt as fb
+    >>> fb.get_float32_matmul_precision()
+    'highest'
+    """
+    return _core.get_float32_matmul_precision()

@@ -19,6 +19,7 @@ struct StackShape {
   double dropout = 0;   // the part of every layer's output, but the last's, that training drops
   Index proj_size = 0;  // of every layer; 0: no projection
   LayerOptions options{};
+  MatmulPrecision precision = MatmulPrecision::as_set;
   Index layers() const { return num_layers * directions; }
   LayerShape layer(Index k) const {
     return {cell, k < directions ? input_size : directions * output_size(), hidden_size, proj_size,

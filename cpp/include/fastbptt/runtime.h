@@ -3,6 +3,8 @@
 #include <string>
 #include <vector>
 
+#include "fastbptt/types.h"
+
 namespace fastbptt {
 
 struct CpuInfo {
@@ -21,6 +23,11 @@ CpuInfo cpu_info();
 constexpr int max_threads = 1024;
 void set_num_threads(int n);
 int get_num_threads();
+
+// Of stacks that say nothing else, in sessions that begin from now on. Highest at first; as_set
+// leaves it as it is.
+void set_float32_matmul_precision(MatmulPrecision precision);
+MatmulPrecision get_float32_matmul_precision();
 
 // While it lives, the calls that this thread makes have so many threads, whatever the setting.
 class ThreadLimit {

@@ -75,7 +75,13 @@ struct LayerOptions {
   bool mask = false;
   bool narrow_tape = false;  // the tape is kept in bfloat16; of float32 layers only
   bool layer_norm = false;   // LSTM and GRU that resets after
+  int parts = 0;  // bfloat16 values for each float32 in the products; 0: none. A session chooses,
+  int part_depth = 0;  // and of how many values a product of them is a multiple.
 };
+
+// What float32 products are made of: float32 arithmetic, or at least as accurate; two, or one
+// bfloat16 for each value where that is faster. as_set: what set_float32_matmul_precision says.
+enum class MatmulPrecision { as_set, highest, high, medium };
 
 struct LayerShape {
   Cell cell;

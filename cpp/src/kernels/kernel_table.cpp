@@ -4,16 +4,13 @@
 #include "kernels/layer.h"
 #include "kernels/rows.h"
 
-#define FASTBPTT_TEXT_OF(name) #name
-#define FASTBPTT_TEXT(name) FASTBPTT_TEXT_OF(name)
-
 namespace fastbptt {
 namespace FASTBPTT_ISA {
 
 extern const KernelTable table;
 const KernelTable table = {
-    FASTBPTT_TEXT(FASTBPTT_ISA), EIGEN_MAX_STATIC_ALIGN_BYTES, layer_kernels<float>(),
-    layer_kernels<double>(),     rows_kernels<float>(),        rows_kernels<double>(),
+    EIGEN_MAX_STATIC_ALIGN_BYTES, layer_kernels<float>(), layer_kernels<double>(),
+    rows_kernels<float>(),        rows_kernels<double>(),
 };
 
 }  // namespace FASTBPTT_ISA

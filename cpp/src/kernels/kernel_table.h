@@ -5,6 +5,7 @@
 
 #include "fastbptt/random.h"
 #include "fastbptt/types.h"
+#include "kernels/part_products.h"
 
 namespace fastbptt {
 
@@ -77,7 +78,8 @@ struct ForwardJob {
   const S* packed;      // by forward_pack; null: the weights as they are, for very few rows
   Weights<const S> weights;
   Team team;
-  S* scratch;  // forward_scratch elements
+  S* scratch;                              // forward_scratch elements
+  const PartProducts* products = nullptr;  // where the shape has parts
   StepOptions<S> options{};
   bool narrow_y = false;  // whether y is rounded to what bfloat16 has; of float only
 };
@@ -102,6 +104,7 @@ struct ReverseJob {
   S* scratch;           // reverse_scratch elements, begun
   bool fresh;           // the first run since then: nothing has been gathered yet
   bool weights = true;  // whether the weight gradients are wanted
+  const PartProducts* products = nullptr;
   StepOptions<S> options{};
 };
 
@@ -167,7 +170,6 @@ struct RowsKernels {
 };
 
 struct KernelTable {
-  const char* name;
   int vector_bytes;
   LayerKernels<float> layer_f32;
   LayerKernels<double> layer_f64;

@@ -4,6 +4,7 @@
 #pragma once
 #include "cells/optioned.h"
 #include "kernels/direct_product.h"
+#include "kernels/forward_parts.h"
 #include "kernels/layer_norm.h"
 #include "kernels/micro_kernel.h"
 #include "kernels/panels.h"
@@ -25,6 +26,7 @@ class ForwardLayer {
   static constexpr Index p = lanes<S>;
   static constexpr int packets = Cell::packets;
   static constexpr Index width = packets * p;
+  using Parts = ForwardParts<S, Cell>;
 
  public:
   static Index scratch(const LayerShape& s, Index steps, Index batch, int team) {
@@ -35,15 +37,18 @@ class ForwardLayer {
     const SecondProduct<S, Cell> second(s);
     const Index behind = batch * (second.input_row() + second.sums_row());
     const Index z = Cell::second == Second::candidate ? batch * s.hidden_size : 0;
-    return ahead + team * batch * width + behind + z + StepView<S>::scratch(s, batch) +
-           norm_scratch(s, batch, team);
+    return Parts::scratch(s, steps, batch, team) + ahead + team * batch * width + behind + z +
+           StepView<S>::scratch(s, batch) + norm_scratch(s, batch, team);
   }
-  static Index packed(const LayerShape& s) { return norm_offset(s) + norm_vectors(s); }
+  static Index packed(const LayerShape& s) {
+    return norm_offset(s) + norm_vectors(s) + Parts::packed(s);
+  }
   static void pack(const LayerShape& s, const Weights<const S>& w, S* to) {
     const Panels<S, Cell> panels(s);
     panels.pack_forward(w, to);
     SecondProduct<S, Cell>(s).pack(w, to + panels.size());
     if constexpr (normalised) NormVectors<S, Cell>(s).pack(w, to + norm_offset(s));
+    Parts::pack(s, to, to + norm_offset(s));
   }
 
   static void run(const ForwardJob<S>& job) { ForwardLayer(job).run(); }
@@ -54,7 +59,9 @@ class ForwardLayer {
         panels_(job.shape),
         second_(job.shape),
         ahead_((job.packed || normalised) && x_goes_ahead(panels_, job.batch)),
-        sums_of_x_(job.scratch),
+        parts_(job, panels_, job.packed ? job.packed + norm_offset(job.shape) : nullptr,
+               job.scratch),
+        sums_of_x_(job.scratch + Parts::scratch(job.shape, job.steps, job.batch, job.team.size)),
         shared_sums_(sums_of_x_ + (ahead_ ? panels_.count() * job.steps * job.batch * width : 0)),
         sums_(shared_sums_ + job.team.rank * job.batch * width),
         second_sums_(shared_sums_ + job.team.size * job.batch * width),
@@ -103,6 +110,7 @@ class ForwardLayer {
   void run() {
     const Team& team = job_.team;
     const Index begin = team.begin(panels_.count()), end = team.end(panels_.count());
+    parts_.begin();
     for (Index j = begin; ahead_ && j < end; ++j) {
       job_.packed ? multiply_x_ahead(j) : multiply_x_directly(j);
     }
@@ -119,9 +127,12 @@ class ForwardLayer {
         before_ = view_.before();
         h_ = view_.seen();
       }
+      parts_.begin_step(h_);
       for (Index i = begin; i < end; ++i) {
         const Index j = goes_back(t) ? begin + end - 1 - i : i;
-        if (job_.packed) {
+        if (parts_.used()) {
+          step_panel_in_parts(t, j);
+        } else if (job_.packed) {
           step_panel(t, j);
         } else {
           step_panel_directly(t, j);
@@ -142,6 +153,7 @@ class ForwardLayer {
     for (Index b = 0; b < job_.batch && team.rank == 0; ++b) {
       for (Index i = 0; i < panels_.R; ++i) job_.state.h[b * panels_.R + i] = last.at(0, b)[i];
     }
+    parts_.end();
     team.wait();
   }
 
@@ -165,6 +177,8 @@ class ForwardLayer {
     const Index rows = job_.steps * job_.batch, I = panels_.I,
                 Q = panels_.packets(j, x_range<Cell>);
     fill(ahead(j, 0), rows, j);
+    for (Index t = 0; parts_.used() && t < job_.steps; ++t) add_x(t, j, ahead(j, t * job_.batch));
+    if (parts_.used()) return;
     const Index passes = ceil_div(I, columns_at_once());
     for (Index i = 0; i < passes; ++i) {
       const Index begin = I * i / passes, end = I * (i + 1) / passes;
@@ -235,6 +249,38 @@ class ForwardLayer {
       if (whole && !ahead_) pass(R, row, x, x_range<Cell>, 0, I, x_panel);
       pass(R, row, h_, h_range<Cell>, begin, K_h, h_panel + begin * h_step);
       for (Index r = row; !normalised && r < row + R; ++r) finish(t, j, r, sums + r * width);
+    });
+  }
+
+  // The same with products of parts, as far as the step's values allow them.
+  void step_panel_in_parts(Index t, Index j) {
+    const Index B = job_.batch;
+    S* const sums = ahead_ ? ahead(j, t * B) : sums_;
+    if (!ahead_) {
+      fill(sums, B, j);
+      add_x(t, j, sums);
+    }
+    if (parts_.h_fits()) {
+      parts_.multiply_h(j, sums + Cell::h_first * p, width);
+    } else {
+      add_rows(h_, h_range<Cell>, j, panels_.R, panels_.h(job_.packed, j), sums);
+    }
+    for (Index b = 0; b < B; ++b) finish(t, j, b, sums + b * width);
+  }
+  void add_x(Index t, Index j, S* sums) const {
+    if (parts_.x_fits(t)) {
+      parts_.multiply_x(t, j, sums + Cell::x_first * p, width);
+    } else {
+      add_rows(job_.x.from(t), x_range<Cell>, j, panels_.I, panels_.x(job_.packed, j), sums);
+    }
+  }
+  void add_rows(const Sequence<const S>& a, Range range, Index j, Index K, const S* panel,
+                S* sums) const {
+    const Index Q = panels_.packets(j, range);
+    for_row_tiles(job_.batch, Q, [&](Index R, Index row) {
+      RowsProduct<S> product{sums + row * width + range.first * p, width, {}, 0, 1, K, panel};
+      for (Index r = 0; r < R; ++r) product.a[r] = a.at(0, row + r);
+      multiply_rows(R, Q, false, product);
     });
   }
 
@@ -404,6 +450,7 @@ class ForwardLayer {
   const Panels<S, Cell> panels_;
   const SecondProduct<S, Cell> second_;
   const bool ahead_;
+  Parts parts_;
   S* const sums_of_x_;  // sums of the input product [panels][steps * B][width], if it goes ahead
   S* const shared_sums_;
   S* const sums_;         // [B][width], of this thread's panel in work

@@ -10,6 +10,7 @@
 #include "kernels/layer_forward.h"
 #include "kernels/micro_kernel.h"
 #include "kernels/panels.h"
+#include "kernels/reverse_parts.h"
 #include "kernels/second_product.h"
 
 namespace fastbptt {
@@ -19,17 +20,21 @@ template <class S, class Cell>
 class ReverseLayer {
   static constexpr Index p = lanes<S>;
   static constexpr Index width = Cell::packets * p;
+  using Parts = ReverseParts<S, Cell>;
 
  public:
   // The weights: W_hh for the recurrent product, those of the second product, and W_ih for dx; and
   // the vectors of layer normalisation.
-  static Index packed(const LayerShape& s) { return norm_offset(s) + norm_vectors(s); }
+  static Index packed(const LayerShape& s) {
+    return norm_offset(s) + norm_vectors(s) + Parts::packed(s);
+  }
   static void pack(const LayerShape& s, const Weights<const S>& w, S* to) {
     const Panels<S, Cell> panels(s);
     panels.pack_reverse(w.w_hh, panels.R, h_range<Cell>, to);
     SecondProduct<S, Cell>(s).pack_reverse(w, to + second_offset(panels));
     panels.pack_reverse(w.w_ih, s.input_size, x_range<Cell>, to + x_offset(s));
     if constexpr (normalised) NormVectors<S, Cell>(s).pack(w, to + norm_offset(s));
+    Parts::pack(s, to, to + x_offset(s), to + norm_offset(s));
   }
 
   static Index scratch(const LayerShape& s, Index steps, Index batch, int team) {
@@ -40,7 +45,7 @@ class ReverseLayer {
     return kept(s) + panels.count() * rows * width + team * rows * 4 * p +
            rows * (second.sums_row() + second.input_row()) + (seen ? rows * s.output_size() : 0) +
            (s.options.mask ? rows * s.input_size : 0) + StepView<S>::scratch(s, batch) +
-           norm_scratch(s, rows, batch, team);
+           norm_scratch(s, rows, batch, team) + Parts::scratch(s, steps, batch, team);
   }
   // The weight gradients, zeros, and the gradients of the peepholes and of the vectors of layer
   // normalisation.
@@ -112,7 +117,9 @@ class ReverseLayer {
         second_(job.shape),
         rows_(job.steps * job.batch),
         zeros_(job.scratch + zeros(job.shape)),
-        grads_(job.scratch + kept(job.shape)),
+        parts_(job, panels_, job.packed + norm_offset(job.shape), job.scratch + kept(job.shape)),
+        grads_(job.scratch + kept(job.shape) +
+               Parts::scratch(job.shape, job.steps, job.batch, job.team.size)),
         second_grads_(grads_ + panels_.count() * rows_ * width),
         second_inputs_(second_grads_ + rows_ * second_.sums_row()),
         shared_sums_(second_inputs_ + rows_ * second_.input_row()),
@@ -141,18 +148,22 @@ class ReverseLayer {
 
   void run() {
     const Team& team = job_.team;
+    const auto grads_at = [this](Index j, Index row) { return grads(j, row); };
+    parts_.begin();
     for (Index t = job_.steps - 1; t >= 0; --t) {
       if (optioned_) view_.begin_reverse(t);
       step(t);
-      team.wait();
       if constexpr (Cell::second != Second::none) {
-        second_step(t);
         team.wait();
+        second_step(t);
       }
+      parts_.split_grads(t, grads_at);
+      team.wait();
       if constexpr (normalised) norm_step(t);
     }
     finish_state();
     if (optioned_ && job_.weights) prepare_weight_gradients();
+    if (job_.weights) split_inputs();
     const Index n = job_.weights ? panels_.count() : 0;
     for (Index j = team.begin(n); j < team.end(n); ++j) weight_gradients(j);
     if constexpr (Cell::second != Second::none) {
@@ -160,6 +171,7 @@ class ReverseLayer {
       for (Index j = team.begin(m); j < team.end(m); ++j) second_gradient(j);
     }
     if (job_.grad_x.data) input_gradient();
+    parts_.end();
     team.wait();
   }
 
@@ -179,6 +191,7 @@ class ReverseLayer {
     Index panels;
     Index step;
     Index last;
+    PartsOf parts;
     const S* at(Index j, Index row, Index rows) const { return data + (j * rows + row) * width; }
     // The packed weights that a panel of output columns has for all of them.
     const S* weights(const S* packed, Index panel) const {
@@ -189,12 +202,19 @@ class ReverseLayer {
   // the product is normalised, its own.
   Factor gates(Range range) const {
     const Index J = panels_.count(), step = (Cell::wide ? 4 : range.count) * p;
-    if (normalised) return {range.recurrent ? h_grads_ : x_grads_, step, J, step, step};
-    return {grads_ + range.first * p, width, J, step, panels_.packets(J - 1, range) * p};
+    if (normalised) {
+      return {range.recurrent ? h_grads_ : x_grads_, step, J, step, step, PartsOf::none};
+    }
+    return {grads_ + range.first * p,
+            width,
+            J,
+            step,
+            panels_.packets(J - 1, range) * p,
+            range.recurrent ? PartsOf::h : PartsOf::x};
   }
   Factor second_sums() const {
     const Index J = second_.count();
-    return {second_grads_, 4 * p, J, 4 * p, second_.panels.packets(J - 1) * p};
+    return {second_grads_, 4 * p, J, 4 * p, second_.panels.packets(J - 1) * p, PartsOf::none};
   }
 
   // For every panel of output columns and tile of rows: start(sums, R, row, Q, panel); then rows
@@ -213,14 +233,33 @@ class ReverseLayer {
       const Index most = fit > 0 ? fit : 1;
       const bool whole = J <= most + most / 2 || n <= tile_rows(Q) || !w;
       const Index passes = whole ? 1 : ceil_div(J, most);
-      for (Index i = 0; i < passes; ++i) {
-        const Index begin = J * i / passes, stop = J * (i + 1) / passes;
-        for_row_tiles(n, Q, [&](Index R, Index at) {
-          S* const sums = sums_ + at * 4 * p;
-          if (i == 0) start(sums, R, at, Q, panel);
-          if (w) multiply_grads(factor, split, R, Q, sums, row + at, begin, stop, w, at / R);
-          if (i == passes - 1) end(sums, R, at, Q, panel);
-        });
+      const auto plain = [&](Index first, Index rows) {
+        for (Index i = 0; i < passes; ++i) {
+          const Index begin = J * i / passes, stop = J * (i + 1) / passes;
+          for_row_tiles(rows, Q, [&](Index R, Index tile_row) {
+            const Index at = first + tile_row;
+            S* const sums = sums_ + at * 4 * p;
+            if (i == 0) start(sums, R, at, Q, panel);
+            if (w) multiply_grads(factor, split, R, Q, sums, row + at, begin, stop, w, at / R);
+            if (i == passes - 1) end(sums, R, at, Q, panel);
+          });
+        }
+      };
+      if (!w || !parts_.used() || factor.parts == PartsOf::none) {
+        plain(0, n);
+        continue;
+      }
+      const Index B = job_.batch;
+      for (Index first = 0; first < n; first += B) {
+        const Index t = (row + first) / B;
+        if (!parts_.fits(factor.parts, t)) {
+          plain(first, B);
+          continue;
+        }
+        S* const sums = sums_ + first * 4 * p;
+        start(sums, B, first, Q, panel);
+        parts_.multiply(factor.parts, t, panel, Q, sums);
+        end(sums, B, first, Q, panel);
       }
     }
   }
@@ -542,11 +581,12 @@ class ReverseLayer {
   }
 
   void weight_gradients(Index j) {
-    const Index B = job_.batch, I = panels_.I, K = panels_.R;
+    const Index B = job_.batch;
     if (job_.fresh) {
       S* const sums = panels_.bias(job_.scratch, j);
       for (Index i = 0; i < panels_.panel_size(); ++i) sums[i] = S(0);
     }
+    if (parts_.used()) return weight_gradients_in_parts(j);
     // Steps at a time: the gate gradients of more would not stay in L2 for all columns, and with
     // fewer the sums would be read and written too often.
     const Index rows = 2 * panel_bytes / (Index(sizeof(S)) * width);
@@ -554,22 +594,48 @@ class ReverseLayer {
     for (Index end = job_.steps; end > 0; end -= most) {
       const Index begin = end > most ? end - most : 0;
       bias_gradient(j, begin * B, end * B);
-      const Sequence<const S> x =
-          options_.mask.data ? Sequence<const S>{inputs_, B * I, I} : job_.x;
-      outer(x_range<Cell>, j, x, begin, end, 0, I, panels_.x(job_.scratch, j));
-      // Step t meets y of the step before; the first of all meets the initial state.
-      const Index from = begin == 0 && job_.first ? 1 : begin;
-      S* const to = panels_.h(job_.scratch, j);
-      if (sees_other_states()) {
-        outer(h_range<Cell>, j, {seen_, B * K, K}, begin, end, 0, K, to);
-      } else {
-        outer(h_range<Cell>, j, job_.y, from - 1, end - 1, 1, K, to);
-        if (from > begin && job_.initial.h) {
-          outer(h_range<Cell>, j, {job_.initial.h, 0, K}, 0, 1, 0, K, to);
-        }
-      }
+      x_gradient(j, begin, end);
+      h_gradient(j, begin, end);
       if (begin == 0) break;
     }
+  }
+
+  void x_gradient(Index j, Index begin, Index end) {
+    const Index B = job_.batch, I = panels_.I;
+    const Sequence<const S> x = options_.mask.data ? Sequence<const S>{inputs_, B * I, I} : job_.x;
+    outer(x_range<Cell>, j, x, begin, end, 0, I, panels_.x(job_.scratch, j));
+  }
+  // Step t meets y of the step before; the first of all meets the initial state.
+  void h_gradient(Index j, Index begin, Index end) {
+    const Index B = job_.batch, K = panels_.R;
+    const Index from = begin == 0 && job_.first ? 1 : begin;
+    S* const to = panels_.h(job_.scratch, j);
+    if (sees_other_states()) {
+      outer(h_range<Cell>, j, {seen_, B * K, K}, begin, end, 0, K, to);
+    } else {
+      outer(h_range<Cell>, j, job_.y, from - 1, end - 1, 1, K, to);
+      if (from > begin && job_.initial.h) {
+        outer(h_range<Cell>, j, {job_.initial.h, 0, K}, 0, 1, 0, K, to);
+      }
+    }
+  }
+
+  // What the weights were multiplied by, as parts.
+  void split_inputs() {
+    parts_.split_inputs(
+        [this](Index t, Index b) {
+          return options_.mask.data ? inputs_ + (t * job_.batch + b) * panels_.I : job_.x.at(t, b);
+        },
+        [this](Index t, Index b) {
+          return sees_other_states() ? seen_ + (t * job_.batch + b) * panels_.R : h_before(t, b);
+        });
+  }
+  void weight_gradients_in_parts(Index j) {
+    bias_gradient(j, 0, rows_);
+    parts_.add_gradient(
+        j, [this](Index panel, Index row) { return grads(panel, row); }, panels_.x(job_.scratch, j),
+        panels_.h(job_.scratch, j), [&](Index begin, Index end) { x_gradient(j, begin, end); },
+        [&](Index begin, Index end) { h_gradient(j, begin, end); });
   }
 
   void second_gradient(Index j) {
@@ -641,7 +707,8 @@ class ReverseLayer {
   const Panels<S, Cell> panels_;
   const SecondProduct<S, Cell> second_;
   const Index rows_;
-  const S* const zeros_;    // [H]
+  const S* const zeros_;  // [H]
+  Parts parts_;
   S* const grads_;          // gate gradients [panels][steps * B][width]
   S* const second_grads_;   // of the sums of the second product [panels][steps * B][4 p]
   S* const second_inputs_;  // what it took [steps * B][input_row]

@@ -16,6 +16,7 @@
 #include <atomic>
 #include <cstring>
 #include <memory>
+#include <type_traits>
 #include <vector>
 
 #include "dispatch/dispatch.h"
@@ -369,6 +370,7 @@ struct Session<E>::Data {
     shape.options.resets = marks.given(0);
     shape.options.mask = marks.given(1);
     if (batch.seed) draw_recurrent_masks();
+    choose_parts();
     for_sizes([&](Index steps, Index rows) { capacity = std::max(capacity, steps * rows); });
     if (learns_state()) grad_learned.assign(shape.layers() * state_width(), S(0));
   }
@@ -403,6 +405,16 @@ struct Session<E>::Data {
   }
 
   static const LayerKernels<S>& kernel() { return kernels().layer<S>(); }
+  // One choice for all layers and blocks.
+  void choose_parts() {
+    const PartProducts* const products = part_products();
+    if (!std::is_same_v<S, float> || !products || direct || shape.options.layer_norm) return;
+    const MatmulPrecision precision = shape.precision == MatmulPrecision::as_set
+                                          ? get_float32_matmul_precision()
+                                          : shape.precision;
+    shape.options.parts = products->parts(shape.layer(0), precision, parts[0].rows, all.rows);
+    shape.options.part_depth = static_cast<int>(products->depth);
+  }
   // The caller's rows in the order of the parts.
   std::vector<Index> row_numbers() const {
     std::vector<Index> rows;
@@ -890,6 +902,7 @@ struct Session<E>::Data {
         job.weights = weights[k];
         job.team = team;
         job.scratch = memory.arena.at(memory.scratch[p]);
+        job.products = part_products();
         job.options = step_options(w, c, k, d);
         const Index C = cells_width();
         const bool with_cells = top && run.cells.data;
@@ -985,6 +998,7 @@ struct Session<E>::Data {
         job.packed = memory.arena.at(memory.packed[k]);
         job.team = team;
         job.scratch = scratch_of(memory, p, k);
+        job.products = part_products();
         job.weights = !(grad.frozen && grad.frozen[k]);
         job.peephole = weights[k].peephole;
         job.options = step_options(w, c, k, d);

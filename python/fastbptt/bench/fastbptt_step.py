@@ -10,9 +10,11 @@ from fastbptt.bench.training_step import Array, make_data, make_layer
 class FastbpttStep:
     """`forward` and `backward` of a layer."""
 
-    def __init__(self, problem: Problem, dtype: str, threads: int) -> None:
+    def __init__(
+        self, problem: Problem, dtype: str, threads: int, precision: str | None = None
+    ) -> None:
         fb.set_num_threads(threads)
-        self.layer = make_layer(problem, dtype)
+        self.layer = make_layer(problem, dtype, precision)
         self.x, self.grad_y = make_data(problem, dtype)
 
     def run(self) -> list[Array]:

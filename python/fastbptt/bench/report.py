@@ -8,7 +8,7 @@ from typing import Any
 from fastbptt.bench.problems import Problem
 from fastbptt.bench.timing import Times
 
-_HEADING = "cell      T,B,I,H              library    median ms   GFLOP/s  x ours  of matrix"
+_HEADING = "cell      T,B,I,H              library           median ms   GFLOP/s  x ours  of matrix"
 
 
 @dataclass
@@ -65,7 +65,7 @@ def lines(point: Point) -> list[str]:
     table = []
     for library in point.times.steps:
         row = (
-            f"{point.problem.cell:8}  {point.problem.sizes:19}  {library:8}  "
+            f"{point.problem.cell:8}  {point.problem.sizes:19}  {library:15}  "
             f"{point.times.seconds(library) * 1e3:10.3f}  {point.gflops(library):8.2f}  "
             f"{point.ratio(library):6.2f}  {point.share(library):9.1%}"
         )

@@ -10,26 +10,41 @@ from fastbptt.bench.training_step import Array, make_data, make_layer
 
 
 class TorchStep:
-    """`torch.nn.RNN`, `LSTM` or `GRU`, and `torch.autograd.grad`."""
+    """`torch.nn.RNN`, `LSTM` or `GRU`, and `torch.autograd.grad`.
 
-    def __init__(self, problem: Problem, dtype: str, threads: int) -> None:
+    As `precision`, "medium" is that of `torch.set_float32_matmul_precision`; in "bfloat16" are
+    weights, input and results; with "autocast" what autocast puts into it.
+    """
+
+    def __init__(self, problem: Problem, dtype: str, threads: int, precision: str = "") -> None:
         torch: Any = importlib.import_module("torch")
         torch.set_num_threads(threads)
         options = {"nonlinearity": problem.nonlinearity} if problem.nonlinearity else {}
         kind = getattr(torch.nn, problem.kind.upper())
-        self.layer = kind(problem.I, problem.H, dtype=getattr(torch, dtype), **options)
+        inner = getattr(torch, "bfloat16" if precision == "bfloat16" else dtype)
+        self.layer = kind(problem.I, problem.H, dtype=inner, **options)
         weights = make_layer(problem, dtype).weights
         with torch.no_grad():
             for name, parameter in self.layer.named_parameters():
                 parameter.copy_(torch.from_numpy(weights[name]))
         x, grad_y = make_data(problem, dtype)
-        self.x = torch.from_numpy(x).requires_grad_()
+        self.x = torch.from_numpy(x).to(inner).requires_grad_()
         self.grad_y = torch.from_numpy(grad_y)
         self.inputs = [self.x, *self.layer.parameters()]
-        self.grad = torch.autograd.grad
+        self.torch = torch
+        self.dtype = getattr(torch, dtype)
+        self.precision = precision
 
     def run(self) -> list[Array]:
         """See `TrainingStep`."""
-        y, _ = self.layer(self.x)
-        grads = self.grad(y, self.inputs, self.grad_y)
-        return [y.detach().numpy(), *(g.numpy() for g in grads)]
+        torch = self.torch
+        before = torch.get_float32_matmul_precision()
+        if self.precision == "medium":
+            torch.set_float32_matmul_precision("medium")
+        try:
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "autocast"):
+                y, _ = self.layer(self.x)
+            grads = torch.autograd.grad(y, self.inputs, self.grad_y.to(y.dtype))
+        finally:
+            torch.set_float32_matmul_precision(before)
+        return [a.detach().to(self.dtype).numpy() for a in (y, *grads)]

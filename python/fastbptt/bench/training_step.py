@@ -21,9 +21,12 @@ class TrainingStep(Protocol):
         ...
 
 
-def make_layer(problem: Problem, dtype: str) -> fb.RNN | fb.LSTM | fb.GRU:
+def make_layer(
+    problem: Problem, dtype: str, precision: str | None = None
+) -> fb.RNN | fb.LSTM | fb.GRU:
     """Return the layer whose weights every library takes."""
     sizes: Any = {"input_size": problem.I, "hidden_size": problem.H, "dtype": dtype, "seed": 0}
+    sizes["precision"] = precision
     if problem.kind == "rnn":
         return fb.RNN(**sizes, nonlinearity=problem.nonlinearity)
     return fb.LSTM(**sizes) if problem.kind == "lstm" else fb.GRU(**sizes)

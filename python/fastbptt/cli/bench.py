@@ -8,7 +8,7 @@ from typing import Any
 
 import fastbptt as fb
 from fastbptt.bench.fresh_process import FreshProcess, ProcessError, thread_environment
-from fastbptt.bench.libraries import LIBRARIES, installed, version
+from fastbptt.bench.libraries import LIBRARIES, PRECISIONS, installed, version
 from fastbptt.bench.machine import machine
 from fastbptt.bench.matrix_product import SIZE
 from fastbptt.bench.memory_report import plot as plot_memory
@@ -31,7 +31,11 @@ def bench(arguments: argparse.Namespace) -> int:
     if arguments.memory:
         return _bench_memory(arguments)
     problems = _problems(arguments)
-    libraries = ("fastbptt", *arguments.beside)
+    libraries: tuple[str, ...] = ("fastbptt", *arguments.beside)
+    if arguments.precision:
+        if arguments.dtype != "float32":
+            raise UsageError(f"--precision: got --dtype {arguments.dtype}, wanted float32")
+        libraries += tuple(n for n in PRECISIONS if n.partition(":")[0] in libraries)
     print(_title(libraries, arguments))
     print(heading(), flush=True)
     points, lengths = [], []
@@ -59,6 +63,8 @@ def bench(arguments: argparse.Namespace) -> int:
 def _bench_memory(arguments: argparse.Namespace) -> int:
     if arguments.suite is not None:
         raise UsageError("--suite: not with --memory; wanted --problem")
+    if arguments.precision:
+        raise UsageError("--precision: not with --memory")
     if arguments.problem is None:
         arguments.problem = [DEFAULT_PROBLEM]
     problems = _problems(arguments)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from fastbptt import __version__
-from fastbptt.bench.libraries import LIBRARIES, installed
+from fastbptt.bench.libraries import LIBRARIES, PRECISIONS, installed
 from fastbptt.bench.problems import suites
 from fastbptt.cli.errors import UsageError
 from fastbptt.cli.settings import (
@@ -264,6 +264,12 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
         "--threads", type=whole(1, 1024), default=1, metavar="N", help="of every library, default 1"
     )
     bench.add_argument("--dtype", choices=("float32", "float64"), default="float32")
+    bench.add_argument(
+        "--precision",
+        action="store_true",
+        help="also at lower precisions of float32 products, and in bfloat16: "
+        + ", ".join(PRECISIONS),
+    )
     bench.add_argument(
         "--seconds",
         type=real(0.0, above=True),

@@ -1,0 +1,161 @@
+// The products of a layer forward, made of parts: x of a run is split at once, and h' of each step
+// before its products, by each thread of a team for itself, for where there are many of them a step
+// has few rows.
+//
+//   packed   W_ih and W_hh as PartPanels, with the panels of `Panels`
+//   scratch  parts of x [steps * B][I] and the Span of each step; parts of h' [B][R], by thread
+#pragma once
+#include "cells/normalised.h"
+#include "kernels/panels.h"
+#include "kernels/part_panels.h"
+
+namespace fastbptt {
+namespace FASTBPTT_ISA {
+
+// Where the instruction set has none, or what is multiplied is normalised.
+template <class S, class Cell, bool = has_parts<S> && !is_normalised<Cell>>
+class ForwardParts {
+ public:
+  static Index packed(const LayerShape&) { return 0; }
+  static void pack(const LayerShape&, const S*, S*) {}
+  static Index scratch(const LayerShape&, Index, Index, int) { return 0; }
+  ForwardParts(const ForwardJob<S>&, const Panels<S, Cell>&, const S*, S*) {}
+  static constexpr bool used() { return false; }
+  void begin() {}
+  void end() {}
+  void begin_step(const Sequence<const S>&) {}
+  bool x_fits(Index) const { return false; }
+  bool h_fits() const { return false; }
+  void multiply_x(Index, Index, S*, Index) const {}
+  void multiply_h(Index, S*, Index) const {}
+};
+
+#ifdef EIGEN_VECTORIZE_AVX512
+
+template <class S, class Cell>
+class ForwardParts<S, Cell, true> {
+ public:
+  static Index packed(const LayerShape& s) {
+    return s.options.parts > 0 ? x_panels(s).size() + h_panels(s).size() : 0;
+  }
+  // `from`: the float32 panels.
+  static void pack(const LayerShape& s, const S* from, S* to) {
+    if (s.options.parts == 0) return;
+    const Panels<S, Cell> panels(s);
+    const PartPanels x = x_panels(s);
+    const auto of = [&](Range range) {
+      return [&, range](Index j) { return panels.packets(j, range); };
+    };
+    x.pack(to, of(x_range<Cell>), [&](Index j, Index k) {
+      return panels.x(from, j) + k * panels.packets(j, x_range<Cell>) * p;
+    });
+    h_panels(s).pack(to + x.size(), of(h_range<Cell>), [&](Index j, Index k) {
+      return panels.h(from, j) + k * panels.packets(j, h_range<Cell>) * p;
+    });
+  }
+  static Index scratch(const LayerShape& s, Index steps, Index batch, int team) {
+    if (s.options.parts == 0) return 0;
+    return x_size(s, steps, batch) + spans_size(steps) + team * h_size(s, batch);
+  }
+
+  ForwardParts(const ForwardJob<S>& job, const Panels<S, Cell>& panels, const S* packed, S* scratch)
+      : job_(job),
+        panels_(panels),
+        w_ih_(x_panels(job.shape)),
+        w_hh_(h_panels(job.shape)),
+        packed_(packed),
+        x_(reinterpret_cast<Bf16*>(scratch)),
+        spans_(reinterpret_cast<Span*>(scratch + x_size(job.shape, job.steps, job.batch))),
+        h_(reinterpret_cast<Bf16*>(scratch + x_size(job.shape, job.steps, job.batch) +
+                                   spans_size(job.steps) +
+                                   job.team.rank * h_size(job.shape, job.batch))) {}
+
+  bool used() const { return parts() > 0; }
+
+  // x of the run, for all of the team.
+  void begin() {
+    if (!used()) return;
+    job_.products->begin();
+    for (Index t = job_.team.begin(job_.steps); t < job_.team.end(job_.steps); ++t) {
+      spans_[t] = split(job_.x.from(t), panels_.I, x_ + t * job_.batch * x_row(), x_part());
+    }
+    job_.team.wait();
+  }
+  void end() {
+    if (used()) job_.products->end();
+  }
+  // h' of the step that follows, as its products see it.
+  void begin_step(const Sequence<const S>& h) {
+    if (used()) h_span_ = split(h, panels_.R, h_, h_part());
+  }
+
+  bool x_fits(Index t) const { return used() && fit(spans_[t], PartPanels::span(packed_)); }
+  bool h_fits() const { return used() && fit(h_span_, PartPanels::span(packed_h())); }
+
+  // Panel j of the sums, [B] rows of `width`.
+  void multiply_x(Index t, Index j, S* sums, Index width) const {
+    w_ih_.multiply(*job_.products, job_.batch, x_ + t * job_.batch * x_row(), x_row(), x_part(),
+                   packed_, j, panels_.packets(j, x_range<Cell>), sums, width);
+  }
+  void multiply_h(Index j, S* sums, Index width) const {
+    w_hh_.multiply(*job_.products, job_.batch, h_, h_row(), h_part(), packed_h(), j,
+                   panels_.packets(j, h_range<Cell>), sums, width);
+  }
+
+ private:
+  static constexpr Index p = lanes<S>;
+
+  static PartPanels x_panels(const LayerShape& s) {
+    const Panels<S, Cell> panels(s);
+    return {panels.I, Cell::x_count, panels.count(), s.options.parts};
+  }
+  static PartPanels h_panels(const LayerShape& s) {
+    const Panels<S, Cell> panels(s);
+    return {panels.R, Cell::h_count, panels.count(), s.options.parts};
+  }
+  // Values of a part of so many rows.
+  static Index rows_size(Index rows, Index columns) {
+    return (rows + part_rows) * PartPanels::room(columns);
+  }
+  static Index x_size(const LayerShape& s, Index steps, Index batch) {
+    return floats_of(s.options.parts * rows_size(steps * batch, s.input_size));
+  }
+  static Index h_size(const LayerShape& s, Index batch) {
+    return floats_of(s.options.parts * rows_size(batch, s.output_size()));
+  }
+  static Index spans_size(Index steps) {
+    return padded(steps * Index(sizeof(Span) / sizeof(S)), 16);
+  }
+
+  int parts() const { return job_.shape.options.parts; }
+  Index x_row() const { return PartPanels::room(panels_.I); }
+  Index h_row() const { return PartPanels::room(panels_.R); }
+  Index x_part() const { return rows_size(job_.steps * job_.batch, panels_.I); }
+  Index h_part() const { return rows_size(job_.batch, panels_.R); }
+  const S* packed_h() const { return packed_ + w_ih_.size(); }
+
+  // A step's rows.
+  Span split(const Sequence<const S>& rows, Index columns, Bf16* to, Index step) const {
+    const Index room = PartPanels::room(columns);
+    Span span;
+    for (Index b = 0; b < job_.batch; ++b) {
+      span.add(split_row(rows.at(0, b), columns, room, parts(), to + b * room, step));
+    }
+    return span;
+  }
+
+  const ForwardJob<S>& job_;
+  const Panels<S, Cell>& panels_;
+  const PartPanels w_ih_;
+  const PartPanels w_hh_;
+  const S* const packed_;
+  Bf16* const x_;
+  Span* const spans_;  // of x, by step
+  Bf16* const h_;
+  Span h_span_;
+};
+
+#endif
+
+}  // namespace FASTBPTT_ISA
+}  // namespace fastbptt

@@ -1,0 +1,291 @@
+// The products of a layer backward, made of parts. What is multiplied is split once for all
+// products of a kind: the gate gradients of a step by the thread that has written them, in rows,
+// for the recurrent product and dx; panel by panel and in pairs of rows for the weight gradients,
+// for which x and h' are split transposed.
+//
+//   packed   W_hh and W_ih as PartPanels, with the reverse panels of `Panels`, but the gate
+//            gradients in the order packet of the panel, unit, so that those of a range of packets
+//            follow each other
+//   scratch  gate gradients [steps * B][packets * units] and the Span of each step and panel of
+//            units; x^T [I][steps * B] and h'^T [R][steps * B], with the rows of a step padded, and
+//            the Span of each step; for each thread of a team, a panel of gate gradients
+//            [steps * B / 2][packets][p][2] and its Spans
+#pragma once
+#include "cells/normalised.h"
+#include "kernels/panels.h"
+#include "kernels/part_panels.h"
+
+namespace fastbptt {
+namespace FASTBPTT_ISA {
+
+// The weights that gate gradients are multiplied by.
+enum class PartsOf { none, h, x };
+
+// Where the instruction set has none, or what is multiplied is normalised.
+template <class S, class Cell, bool = has_parts<S> && !is_normalised<Cell>>
+class ReverseParts {
+ public:
+  static Index packed(const LayerShape&) { return 0; }
+  static void pack(const LayerShape&, const S*, const S*, S*) {}
+  static Index scratch(const LayerShape&, Index, Index, int) { return 0; }
+  ReverseParts(const ReverseJob<S>&, const Panels<S, Cell>&, const S*, S*) {}
+  static constexpr bool used() { return false; }
+  void begin() {}
+  void end() {}
+  template <class Grads>
+  void split_grads(Index, Grads&&) {}
+  bool fits(PartsOf, Index) const { return false; }
+  void multiply(PartsOf, Index, Index, Index, S*) const {}
+  template <class X, class H>
+  void split_inputs(X&&, H&&) {}
+  template <class Grads, class PlainX, class PlainH>
+  void add_gradient(Index, Grads&&, S*, S*, PlainX&&, PlainH&&) {}
+};
+
+#ifdef EIGEN_VECTORIZE_AVX512
+
+template <class S, class Cell>
+class ReverseParts<S, Cell, true> {
+  static constexpr Index p = lanes<S>;
+  static constexpr Index width = Cell::packets * p;
+  using P = Panels<S, Cell>;
+
+ public:
+  static Index packed(const LayerShape& s) {
+    return s.options.parts > 0 ? h_panels(s).size() + x_panels(s).size() : 0;
+  }
+  // `h` and `x`: the reverse panels of W_hh and W_ih.
+  static void pack(const LayerShape& s, const S* h, const S* x, S* to) {
+    if (s.options.parts == 0) return;
+    const P panels(s);
+    const PartPanels of_h = h_panels(s);
+    pack(panels, h_range<Cell>, panels.R, h, of_h, to);
+    pack(panels, x_range<Cell>, panels.I, x, x_panels(s), to + of_h.size());
+  }
+
+  static Index scratch(const LayerShape& s, Index steps, Index batch, int team) {
+    if (s.options.parts == 0) return 0;
+    const P panels(s);
+    return grads_size(s, steps, batch) + spans_size(steps * unit_panels(panels)) +
+           transposed_size(s, panels.I, steps, batch) + transposed_size(s, panels.R, steps, batch) +
+           2 * spans_size(steps) + team * pairs_size(s, steps, batch) + line;
+  }
+
+  ReverseParts(const ReverseJob<S>& job, const P& panels, const S* packed, S* scratch)
+      : job_(job),
+        panels_(panels),
+        w_hh_(h_panels(job.shape)),
+        w_ih_(x_panels(job.shape)),
+        packed_(packed) {
+    if (!used()) return;
+    const LayerShape& s = job.shape;
+    scratch += (line - reinterpret_cast<std::uintptr_t>(scratch) / sizeof(S) % line) % line;
+    const auto take = [&](auto*& data, Index size) {
+      data = reinterpret_cast<std::remove_reference_t<decltype(data)>>(scratch);
+      scratch += size;
+    };
+    take(grads_, grads_size(s, job.steps, job.batch));
+    take(spans_, spans_size(job.steps * unit_panels(panels)));
+    take(x_.values, transposed_size(s, panels.I, job.steps, job.batch));
+    take(h_.values, transposed_size(s, panels.R, job.steps, job.batch));
+    take(x_.spans, spans_size(job.steps));
+    take(h_.spans, spans_size(job.steps));
+    scratch += job.team.rank * pairs_size(s, job.steps, job.batch);
+    take(pairs_, 0);
+  }
+
+  bool used() const { return parts() > 0; }
+  void begin() {
+    if (used()) job_.products->begin();
+  }
+  void end() {
+    if (used()) job_.products->end();
+  }
+
+  // The gate gradients of step t, of the units whose cells this thread has run; grads(j, row) are
+  // those of panel j.
+  template <class Grads>
+  void split_grads(Index t, Grads&& grads) {
+    if (!used()) return;
+    const Index B = job_.batch, count = unit_panels(panels_), blocks = panels_.blocks();
+    for (Index u = job_.team.begin(count); u < job_.team.end(count); ++u) {
+      Span span;
+      for (Index row = t * B; row < (t + 1) * B; ++row) {
+        Bf16* const to = grads_ + row * this->row(panels_);
+        Largest largest;
+        const auto split_packet = [&](const S* from, Index at) {
+          alignas(64) S values[p];
+          copy16(from, p, values);
+          largest.add(values);
+          split(values, parts(), to + at, grads_part());
+        };
+        for (Index block = 4 * u; block < 4 * u + 4 && block < blocks; ++block) {
+          if constexpr (Cell::wide) {
+            split_packet(grads(u, row) + block % 4 * p, block * p);
+          } else {
+            for (Index q = 0; q < Cell::packets; ++q) {
+              split_packet(grads(block, row) + q * p, (q * blocks + block) * p);
+            }
+          }
+        }
+        span.add(largest.all());
+        // Products may read behind the last gate, where the weights are zeros.
+        for (Index i = all_grads(panels_); u == count - 1 && i < this->row(panels_); ++i) {
+          for (int part = 0; part < parts(); ++part) to[part * grads_part() + i] = 0;
+        }
+      }
+      spans_[t * count + u] = span;
+    }
+  }
+
+  // Whether the product of the gate gradients of step t and the weights is one of parts; and that,
+  // for a panel of output columns.
+  bool fits(PartsOf which, Index t) const {
+    if (!used()) return false;
+    Span span;
+    const Index count = unit_panels(panels_);
+    for (Index u = 0; u < count; ++u) span.add(spans_[t * count + u]);
+    return fit(span, PartPanels::span(which == PartsOf::h ? packed_ : packed_x()));
+  }
+  void multiply(PartsOf which, Index t, Index panel, Index Q, S* sums) const {
+    const bool of_h = which == PartsOf::h;
+    const Index first = Cell::wide ? 0 : (of_h ? Cell::h_first : Cell::x_first) * units(panels_);
+    (of_h ? w_hh_ : w_ih_)
+        .multiply(*job_.products, job_.batch, grads_ + t * job_.batch * row(panels_) + first,
+                  row(panels_), grads_part(), of_h ? packed_ : packed_x(), panel, Q, sums, 4 * p);
+  }
+
+  // x(t, b) and h(t, b): what the weights of step t were multiplied by. Then all of the team may
+  // use them.
+  template <class X, class H>
+  void split_inputs(X&& x, H&& h) {
+    if (!used()) return;
+    const Team& team = job_.team;
+    for (Index t = team.begin(job_.steps); t < team.end(job_.steps); ++t) {
+      split_input(x_, panels_.I, t, x);
+      split_input(h_, panels_.R, t, h);
+    }
+    team.wait();
+  }
+
+  // The weight gradients of panel j, those of W_ih at `to_x` and of W_hh at `to_h`; plain_x(begin,
+  // end) and plain_h add those of steps that parts are not for.
+  template <class Grads, class PlainX, class PlainH>
+  void add_gradient(Index j, Grads&& grads, S* to_x, S* to_h, PlainX&& plain_x, PlainH&& plain_h) {
+    const Index B = job_.batch, n = (Cell::wide ? panels_.packets(j) : Cell::packets) * p;
+    for (Index t = 0; t < job_.steps; ++t) {
+      split_pairs(room(), n, parts(), pairs_ + t * room() / 2 * pair, pair, pairs_part(),
+                  [&](Index b) { return b < B ? grads(j, t * B + b) : nullptr; });
+    }
+    add_gradient(j, x_range<Cell>, x_, panels_.I, to_x, plain_x);
+    add_gradient(j, h_range<Cell>, h_, panels_.R, to_h, plain_h);
+  }
+
+ private:
+  static constexpr Index pair = 2 * width;
+  static constexpr Index line = 16;  // floats of a cache line, where all begins
+
+  // x or h', transposed.
+  struct Transposed {
+    Bf16* values = nullptr;
+    Span* spans = nullptr;
+  };
+
+  static PartPanels h_panels(const LayerShape& s) {
+    const P panels(s);
+    return {panels.reverse_rows(h_range<Cell>), 4, P::reverse_panels(panels.R), s.options.parts};
+  }
+  static PartPanels x_panels(const LayerShape& s) {
+    const P panels(s);
+    return {panels.reverse_rows(x_range<Cell>), 4, P::reverse_panels(panels.I), s.options.parts};
+  }
+  static void pack(const P& panels, Range range, Index columns, const S* from,
+                   const PartPanels& to_panels, S* to) {
+    const auto packets = [=](Index panel) { return P::reverse_packets(columns, panel); };
+    to_panels.pack(to, packets, [&](Index panel, Index k) {
+      // There it is panel by panel of units, and then the packets of each.
+      const Index units_ = units(panels), unit = k % units_, q = k / units_;
+      const Index at = Cell::wide ? k : (unit / p * range.count + q) * p + unit % p;
+      return panels.reverse_panel(from, range, panel) + at * packets(panel) * p;
+    });
+  }
+
+  // Panels of output columns that are units, whose cells one thread runs.
+  static Index unit_panels(const P& panels) { return P::reverse_panels(panels.H); }
+  static Index units(const P& panels) { return panels.blocks() * p; }
+  static Index all_grads(const P& panels) {
+    return (Cell::wide ? 1 : Cell::packets) * units(panels);
+  }
+  // Values of a row of gate gradients, with room behind those of any range.
+  static Index row(const P& panels) {
+    return PartPanels::room(all_grads(panels)) + most_part_depth;
+  }
+  static Index spans_size(Index count) {
+    return padded(count * Index(sizeof(Span) / sizeof(S)), 16);
+  }
+  static Index grads_size(const LayerShape& s, Index steps, Index batch) {
+    return floats_of(s.options.parts * (steps * batch + part_rows) * row(P(s)));
+  }
+  static Index room(const LayerShape& s, Index batch) {
+    return padded(batch, s.options.part_depth);
+  }
+  static Index transposed_size(const LayerShape& s, Index columns, Index steps, Index batch) {
+    return floats_of(s.options.parts * (columns + part_rows) * steps * room(s, batch));
+  }
+  static Index pairs_size(const LayerShape& s, Index steps, Index batch) {
+    return floats_of(s.options.parts * steps * room(s, batch) * width);
+  }
+
+  int parts() const { return job_.shape.options.parts; }
+  Index room() const { return room(job_.shape, job_.batch); }
+  Index grads_part() const { return (job_.steps * job_.batch + part_rows) * row(panels_); }
+  Index pairs_part() const { return job_.steps * room() * width; }
+  const S* packed_x() const { return packed_ + w_hh_.size(); }
+
+  template <class Row>
+  void split_input(const Transposed& to, Index columns, Index t, Row&& row) const {
+    const Index all = job_.steps * room();
+    to.spans[t] =
+        split_transposed(job_.batch, room(), columns, parts(), to.values + t * room(), all,
+                         (columns + part_rows) * all, [&](Index b) { return row(t, b); });
+  }
+
+  template <class Plain>
+  void add_gradient(Index j, Range range, const Transposed& a, Index columns, S* to,
+                    Plain&& plain) const {
+    const Index all = job_.steps * room(), Q = panels_.packets(j, range);
+    const Index u = Cell::wide ? j : j / 4, count = unit_panels(panels_);
+    const auto fits = [&](Index t) { return fit(a.spans[t], spans_[t * count + u]); };
+    for (Index end = job_.steps; end > 0;) {
+      const bool in_parts = fits(end - 1);
+      Index begin = end - 1;
+      while (begin > 0 && fits(begin - 1) == in_parts) --begin;
+      if (in_parts) {
+        job_.products->multiply({parts(), columns, static_cast<int>(Q), room(), end - begin,
+                                 a.values + (end - 1) * room(), (columns + part_rows) * all,
+                                 -room(), all,
+                                 pairs_ + (end - 1) * room() / 2 * pair + range.first * 2 * p,
+                                 pairs_part(), -room() / 2 * pair, pair, to, Q * p});
+      } else {
+        plain(begin, end);
+      }
+      end = begin;
+    }
+  }
+
+  const ReverseJob<S>& job_;
+  const P& panels_;
+  const PartPanels w_hh_;
+  const PartPanels w_ih_;
+  const S* const packed_;
+  Bf16* grads_ = nullptr;
+  Span* spans_ = nullptr;
+  Transposed x_;
+  Transposed h_;
+  Bf16* pairs_ = nullptr;
+};
+
+#endif
+
+}  // namespace FASTBPTT_ISA
+}  // namespace fastbptt

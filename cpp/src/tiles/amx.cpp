@@ -1,0 +1,200 @@
+// Products of parts by the tile registers of AMX.
+//
+// Four tiles of sums, 32 rows and two packets or 16 rows and four, are what hides the latency of a
+// multiplication. All pairs of parts of 32 values of k are added before the next 32, so that each
+// tile of an operand is loaded about once for them.
+#include <type_traits>
+
+#include "kernels/part_products.h"
+#include "tiles/tiles.h"
+
+namespace fastbptt {
+namespace amx {
+
+extern const PartProducts part_products;
+
+namespace {
+
+// Not those of the standard library, whose copies of another instruction set the linker might keep.
+inline Index least(Index a, Index b) { return a < b ? a : b; }
+inline Index most(Index a, Index b) { return a > b ? a : b; }
+
+// Bytes of a panel that stay in the first cache while tile after tile of rows goes by.
+constexpr Index panel_bytes = 32 * 1024;
+
+// Which part of a meets which part of b, so that one of them is the same as before.
+struct Pair {
+  int a;
+  int b;
+};
+constexpr Pair pairs_1[] = {{0, 0}};
+constexpr Pair pairs_2[] = {{1, 0}, {0, 0}, {0, 1}};
+constexpr Pair pairs_3[] = {{2, 0}, {1, 0}, {1, 1}, {0, 1}, {0, 0}, {0, 2}};
+
+template <int begin, int end, class F>
+inline void each(F&& f) {
+  if constexpr (begin < end) {
+    f(std::integral_constant<int, begin>{});
+    each<begin + 1, end>(f);
+  }
+}
+
+// R tiles of rows by N packets. Sums are in tiles 0 to 3, a in 4 and 5, the panel in those behind.
+template <int R, int N>
+class Block {
+  static_assert(R * N <= 4);
+  static constexpr int first_a = 4, first_b = 4 + R, tiles_b = 8 - first_b;
+
+ public:
+  Block(const PartsProduct& product, Index row, int packet, Index k, Index K)
+      : p_(product),
+        a_(product.a + row * product.a_row + k),
+        panel_(product.panel + k / 2 * product.panel_row + packet * 32),
+        sums_(product.sums + row * product.sums_row + packet * 16),
+        rows_(least(product.rows - row, R * tile_rows)),
+        K_(K) {}
+
+  void run() const {
+    transfer<true>();
+    for (Index run = 0; run < p_.runs; ++run) {
+      const Bf16* a = a_ + run * p_.a_run;
+      const Bf16* panel = panel_ + run * p_.panel_run;
+      for (Index k = 0; k < K_; k += tile_depth) {
+        switch (p_.parts) {
+          case 1:
+            multiply_pairs<pairs_1, 1>(a + k, panel + k / 2 * p_.panel_row);
+            break;
+          case 2:
+            multiply_pairs<pairs_2, 3>(a + k, panel + k / 2 * p_.panel_row);
+            break;
+          default:
+            multiply_pairs<pairs_3, 6>(a + k, panel + k / 2 * p_.panel_row);
+        }
+      }
+    }
+    transfer<false>();
+  }
+
+ private:
+  template <const Pair* pairs, int count>
+  void multiply_pairs(const Bf16* a, const Bf16* panel) const {
+    each<0, count>([&](auto i) {
+      constexpr bool new_a = i == 0 || pairs[i].a != pairs[i - (i > 0)].a;
+      constexpr bool new_b = i == 0 || pairs[i].b != pairs[i - (i > 0)].b || N > tiles_b;
+      if constexpr (new_a) {
+        const Bf16* const from = a + pairs[i].a * p_.a_part;
+        each<0, R>([&](auto r) {
+          load<first_a + r>(from + r * tile_rows * p_.a_row, p_.a_row * Index(sizeof(Bf16)));
+        });
+      }
+      const Bf16* const from = panel + pairs[i].b * p_.panel_part;
+      each<0, N>([&](auto n) {
+        constexpr int tile = first_b + n % tiles_b;
+        if constexpr (new_b) load<tile>(from + n * 32, p_.panel_row * Index(sizeof(Bf16)));
+        each<0, R>([&](auto r) { multiply<r * N + n, first_a + r, tile>(); });
+      });
+    });
+  }
+
+  // The sums to or from the tiles; by way of a copy where there are no 16 rows of them.
+  template <bool in>
+  void transfer() const {
+    each<0, R>([&](auto r) {
+      const Index rows = least(rows_ - r * tile_rows, tile_rows);
+      each<0, N>([&](auto n) {
+        constexpr int tile = r * N + n;
+        float* const sums = sums_ + r * tile_rows * p_.sums_row + n * 16;
+        if (rows == tile_rows) {
+          const Index row_bytes = p_.sums_row * Index(sizeof(float));
+          in ? load<tile>(sums, row_bytes) : store<tile>(sums, row_bytes);
+          return;
+        }
+        alignas(64) float copy[tile_rows][16] = {};
+        const auto copy_rows = [&](auto&& from, auto&& to) {
+          for (Index i = 0; i < rows; ++i) std::memcpy(to(i), from(i), sizeof(copy[0]));
+        };
+        const auto of_sums = [&](Index i) { return sums + i * p_.sums_row; };
+        const auto of_copy = [&](Index i) { return copy[i]; };
+        if constexpr (in) {
+          copy_rows(of_sums, of_copy);
+          load<tile>(copy, sizeof(copy[0]));
+        } else {
+          store<tile>(copy, sizeof(copy[0]));
+          copy_rows(of_copy, of_sums);
+        }
+      });
+    });
+  }
+
+  const PartsProduct& p_;
+  const Bf16* const a_;
+  const Bf16* const panel_;
+  float* const sums_;
+  const Index rows_;
+  const Index K_;
+};
+
+template <int R, int N>
+void multiply_block(const PartsProduct& product, Index row, int packet, Index k, Index K) {
+  Block<R, N>(product, row, packet, k, K).run();
+}
+
+void multiply_range(const PartsProduct& product, Index k, Index K) {
+  Index row = 0;
+  for (; product.rows - row > tile_rows; row += 2 * tile_rows) {
+    int packet = 0;
+    for (; packet + 2 <= product.packets; packet += 2)
+      multiply_block<2, 2>(product, row, packet, k, K);
+    if (packet < product.packets) multiply_block<2, 1>(product, row, packet, k, K);
+  }
+  if (row >= product.rows) return;
+  switch (product.packets) {
+    case 1:
+      return multiply_block<1, 1>(product, row, 0, k, K);
+    case 2:
+      return multiply_block<1, 2>(product, row, 0, k, K);
+    case 3:
+      return multiply_block<1, 3>(product, row, 0, k, K);
+    default:
+      return multiply_block<1, 4>(product, row, 0, k, K);
+  }
+}
+
+void multiply(const PartsProduct& product) {
+  const Index bytes = product.packets * 16 * Index(sizeof(Bf16)) * product.parts;
+  const Index fit = most(tile_depth, panel_bytes / bytes / tile_depth * tile_depth);
+  // With several runs a range of k would be one of each, in another order.
+  const bool whole = product.runs > 1 || product.rows <= 2 * tile_rows;
+  const Index step = whole ? product.K : fit;
+  for (Index k = 0; k < product.K; k += step) {
+    multiply_range(product, k, least(step, product.K - k));
+  }
+}
+
+Index padded(Index n, Index multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// How much faster than float32 vectors whole tiles are: what was measured of products alone, one
+// thread, with some of it taken off for what a layer does beside them.
+double gain(int parts) { return parts == 1 ? 4 : parts == 2 ? 2.5 : 1.5; }
+
+int parts_of(const LayerShape& s, MatmulPrecision precision, Index B, Index rows) {
+  const int parts = precision == MatmulPrecision::medium ? 1
+                    : precision == MatmulPrecision::high ? 2
+                                                         : 3;
+#ifdef FASTBPTT_EMULATE_AMX
+  // What is tested is every size.
+  return s.hidden_size > 0 && B > 0 && rows > 0 ? parts : 0;
+#endif
+  // Rows of the batch are what fills a tile of the sums; of the weight gradients, its depth.
+  const auto filled = [](Index n, Index multiple) { return double(padded(n, multiple)) / n; };
+  const double wasted = (2 * filled(B, tile_rows) + filled(B, tile_depth)) / 3 *
+                        filled(s.input_size + s.output_size(), tile_depth);
+  return rows >= 64 && s.hidden_size >= 32 && wasted < gain(parts) ? parts : 0;
+}
+
+}  // namespace
+
+const PartProducts part_products = {most_parts, tile_depth, parts_of, configure, release, multiply};
+
+}  // namespace amx
+}  // namespace fastbptt
