@@ -284,7 +284,7 @@ class ReverseLayer {
     multiply_rows(R, Q, split, product);
   }
 
-  ReverseUnit<S> unit(Index t, Index b, Index block) const {
+  FASTBPTT_INLINE ReverseUnit<S> unit(Index t, Index b, Index block) const {
     const Index first = block * p, H = panels_.H;
     const bool initial = t == 0 && job_.first;
     ReverseUnit<S> u{};
