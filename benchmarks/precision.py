@@ -1,17 +1,12 @@
-"""Errors and times of the precisions, of this library and of torch, for docs/precision.md.
+"""Errors and times of the precisions, of this library and of torch, as in docs/precision.md.
 
-`python benchmarks/precision.py --markdown docs/precision.md` runs a training step of each problem
-at every precision, compares it with float64, times them in turn, and puts the tables where the file
-has the two lines
-
-    <!-- precision: errors and times -->
-    <!-- end -->
+`python benchmarks/precision.py` runs a training step of each problem at every precision, compares
+it with float64, times them in turn, and prints both as tables.
 """
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import numpy as np
 
@@ -21,13 +16,11 @@ from fastbptt.bench.machine import machine
 from fastbptt.bench.problems import Problem
 from fastbptt.bench.timing import time_problem
 from fastbptt.cli.options import real, sizes
-from report import put_between
 
 CELLS = ("rnn_tanh", "lstm", "gru")
 SIZES = [(128, 32, 64, 128), (256, 64, 128, 256), (50, 64, 512, 512)]
 LONG = (1000, 16, 64, 256)
 PLAIN = ("fastbptt", "torch")
-FIRST, LAST = "<!-- precision: errors and times -->\n", "<!-- end -->"
 
 
 def errors(problem: Problem, libraries: tuple[str, ...]) -> dict[str, tuple[float, float, float]]:
@@ -81,7 +74,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--problem", type=sizes, action="append", metavar="T,B,I,H")
     parser.add_argument("--seconds", type=real(0.0, above=True), default=8.0, help="for a problem")
-    parser.add_argument("--markdown", type=Path, metavar="FILE")
     options = parser.parse_args()
     libraries = tuple(name for name in (*PLAIN, *PRECISIONS) if installed(name.partition(":")[0]))
     chosen = options.problem or [*SIZES, LONG]
@@ -92,11 +84,7 @@ def main() -> None:
         + (f", torch {version('torch')}" if installed("torch") else "")
         + "."
     )
-    block = "\n".join([caption, "", *tables(problems, libraries, options.seconds), ""])
-    if options.markdown is None:
-        print(f"\n{block}")
-    else:
-        put_between(options.markdown, FIRST, LAST, block)
+    print("\n".join(["", caption, "", *tables(problems, libraries, options.seconds)]))
 
 
 if __name__ == "__main__":

@@ -52,15 +52,20 @@ struct Span {
 };
 
 // Whether the products of rows like these are to be made of parts: rounding up must not make an
-// infinity, and what is 24 bits below the largest, of the rows or of a product, is no denormal.
+// infinity, and what is 24 bits below the largest, of the rows or of a product, is no denormal. Nor
+// may the sums be denormals, which the instructions take for zeros; of rows that are all zeros the
+// others tell, as of ones.
 FASTBPTT_INLINE bool fit(const Span& a, const Span& b) {
   constexpr int least = -90, most = 100;
   const auto exponent = [](std::uint32_t bits) { return int(bits >> 23) - 127; };
+  if (a.most == 0 && b.most == 0) return false;
   if (exponent(a.most) >= 127 || exponent(b.most) >= 127) return false;
-  if (a.most == 0 || b.most == 0) return true;
-  const int least_a = exponent(a.least), least_b = exponent(b.least);
+  const int least_a = a.most == 0 ? 0 : exponent(a.least);
+  const int least_b = b.most == 0 ? 0 : exponent(b.least);
+  const int most_a = a.most == 0 ? 0 : exponent(a.most);
+  const int most_b = b.most == 0 ? 0 : exponent(b.most);
   return least_a >= least && least_b >= least && least_a + least_b >= least &&
-         exponent(a.most) + exponent(b.most) <= most;
+         most_a + most_b <= most;
 }
 
 // The largest magnitude of 16 lanes.
