@@ -35,8 +35,10 @@ UPDATES = {"text": 1000, "adding": 1500}
 UNITS = {"text": "held out, bits per character", "adding": "test error"}
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "float32": {},
-    "bfloat16 tape": {"tape": "bfloat16"},
+    "highest": {},
+    "high": {"precision": "high"},
+    "medium": {"precision": "medium"},
+    "highest, bfloat16 tape": {"tape": "bfloat16"},
     "bfloat16": {"dtype": "bfloat16"},
 }
 
