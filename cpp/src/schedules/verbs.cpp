@@ -1138,7 +1138,9 @@ void copy_tape_step(const StackShape& shape, Index B, const S* step, S* tape, In
   const Index y_size = B * from.y_width();
   const std::size_t bytes = B * from.width() * (from.narrow() ? sizeof(Bfloat16) : sizeof(S));
   for (Index l = 0; l < shape.num_layers; ++l) {
-    std::memcpy(reinterpret_cast<char*>(to.layer(tape, l)) + t * bytes, from.layer(step, l), bytes);
+    // Not by memcpy, which takes no null: a cell may have no tape, and be the only one.
+    std::copy_n(reinterpret_cast<const char*>(from.layer(step, l)), bytes,
+                reinterpret_cast<char*>(to.layer(tape, l)) + t * bytes);
     if (l == shape.num_layers - 1) break;
     std::copy_n(from.y(step, l), y_size, to.y(tape, l) + t * y_size);
   }
