@@ -314,3 +314,20 @@ def test_without_ml_dtypes_the_message_names_the_extra(monkeypatch):
 def test_layer_norm_is_refused():
     with pytest.raises(ValueError, match="layer_norm: got True for a layer of bfloat16"):
         fb.LSTM(2, 3, layer_norm=True, dtype="bfloat16")
+
+
+@pytest.mark.parametrize("kind", CELLS)
+def test_products_of_one_part(kind, rng):
+    """With the products of "medium", where there are any, only gate gradients are rounded more."""
+    x, grad_y = numbers(rng, 12, 17, 24), None
+    found = []
+    for settings in ({}, {"precision": "medium"}):
+        layer = make(kind, 24, 40, seed=3, **settings)
+        y, _, tape = layer.forward(x)
+        if grad_y is None:
+            grad_y = rng.standard_normal(y.shape).astype("f4")
+        grads = layer.backward(tape, grad_y)
+        found.append([y, grads.x, *grads.weights.values()])
+    for plain, parts in zip(*found, strict=True):
+        plain, parts = plain.astype("f8"), parts.astype("f8")
+        assert np.linalg.norm(parts - plain) <= 2.0**-7 * np.linalg.norm(plain)
