@@ -46,6 +46,17 @@ def one_thread():
     fb.set_num_threads(before)
 
 
+@pytest.fixture(params=[1, 3], ids=["one thread", "three threads"])
+def threads(request):
+    """So many threads, at most, do the work."""
+    import fastbptt as fb
+
+    before = fb.get_num_threads()
+    fb.set_num_threads(request.param)
+    yield request.param
+    fb.set_num_threads(before)
+
+
 @pytest.fixture
 def own_folder(tmp_path, monkeypatch):
     """A folder of its own for the test, and the number of threads as it was."""

@@ -49,14 +49,6 @@ def narrow(problem):
     )
 
 
-@pytest.fixture(params=[1, 3], ids=["one thread", "three threads"])
-def threads(request):
-    before = fb.get_num_threads()
-    fb.set_num_threads(request.param)
-    yield request.param
-    fb.set_num_threads(before)
-
-
 @pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize("cell", SMOOTH)
 def test_with_any_options_results_are_near_those_of_float64(cell, seed, threads):

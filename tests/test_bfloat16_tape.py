@@ -34,14 +34,6 @@ def relative(found, wanted):
     return np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
 
 
-@pytest.fixture(params=[1, 3], ids=["one thread", "three threads"])
-def threads(request):
-    before = fb.get_num_threads()
-    fb.set_num_threads(request.param)
-    yield request.param
-    fb.set_num_threads(before)
-
-
 @pytest.mark.parametrize("cell", ["lstm", "gru", "gru_reset_before"])
 @pytest.mark.parametrize("seed", range(10))
 def test_with_any_options_the_results_are_the_same_and_the_gradient_is_near(cell, seed, threads):

@@ -49,14 +49,6 @@ def assert_same(got, wanted, loss_error=1e-12):
     np.testing.assert_allclose(got.loss, wanted.loss, rtol=loss_error)
 
 
-@pytest.fixture
-def threads(request):
-    before = fb.get_num_threads()
-    fb.set_num_threads(request.param)
-    yield
-    fb.set_num_threads(before)
-
-
 @pytest.mark.parametrize("threads", [1, 2, 3], indirect=True)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("layers", [1, 2])

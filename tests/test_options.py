@@ -58,14 +58,6 @@ def draw_any(rng, cell, dtype="float64", **fixed):
     return options.draw(rng, cell, sizes, **{**chosen, **fixed})
 
 
-@pytest.fixture(params=[1, 3], ids=["one thread", "three threads"])
-def threads(request):
-    before = fb.get_num_threads()
-    fb.set_num_threads(request.param)
-    yield request.param
-    fb.set_num_threads(before)
-
-
 SMOOTH = [cell for cell in CELLS if cell != "rnn_relu"]
 
 
