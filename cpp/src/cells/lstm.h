@@ -33,6 +33,24 @@ struct LstmGates {
   Packet<S> i, f, g, o, c;
 };
 
+// From the sums to h, and from dL/dh to the gradients of the sums, around the gates of either LSTM.
+template <template <class> class Cell, bool peepholes, class S>
+FASTBPTT_INLINE LstmGates<S> lstm_forward(const S* sums, const ForwardUnit<S>& u) {
+  const LstmGates<S> a = Cell<S>::template gates<peepholes>(sums, load(u.c, u.n), u.peephole, u.n);
+  store(u.c, a.c, u.n);
+  store(u.h, pmul(a.o, tanh_of(a.c)), u.n);
+  return a;
+}
+template <template <class> class Cell, bool peepholes, class S>
+FASTBPTT_INLINE void lstm_backward(const Packet<S>& grad_h, const LstmGates<S>& a,
+                                   const ReverseUnit<S>& u) {
+  const Packet<S> t = tanh_of(a.c);
+  const Packet<S> through_o = pmul(grad_h, a.o);
+  const Packet<S> s_o = pmul(pmul(through_o, t), one_minus<S>(a.o));
+  const Packet<S> c = pmadd(through_o, one_minus<S>(pmul(t, t)), load(u.carry_c, u.n));
+  Cell<S>::template gates_back<peepholes>(a, u.c_before.value(u.n), c, s_o, u);
+}
+
 // Panel: the packets i, f, g, o of the same hidden units. Tape: i, f, g, o, c.
 template <class S>
 struct LstmCell {
@@ -65,9 +83,7 @@ struct LstmCell {
 
   template <bool peepholes = false>
   static FASTBPTT_INLINE void forward(const S* sums, const ForwardUnit<S>& u) {
-    const LstmGates<S> a = gates<peepholes>(sums, load(u.c, u.n), u.peephole, u.n);
-    store(u.c, a.c, u.n);
-    store(u.h, pmul(a.o, tanh_of(a.c)), u.n);
+    const LstmGates<S> a = lstm_forward<LstmCell, peepholes>(sums, u);
     if (!u.tape) return;
     u.tape.keep_activation(0, a.i, u.n);
     u.tape.keep_activation(1, a.f, u.n);
@@ -87,12 +103,7 @@ struct LstmCell {
   static FASTBPTT_INLINE void backward(const Packet<S>& grad_h, const ReverseUnit<S>& u) {
     const Packet<S> i = u.tape.activation(0, u.n), f = u.tape.activation(1, u.n),
                     g = u.tape.activation(2, u.n), o = u.tape.activation(3, u.n);
-    const Packet<S> value = u.c.value(u.n), before = u.c_before.value(u.n);
-    const Packet<S> t = tanh_of(value);
-    const Packet<S> through_o = pmul(grad_h, o);
-    const Packet<S> s_o = pmul(pmul(through_o, t), one_minus<S>(o));
-    const Packet<S> c = pmadd(through_o, one_minus<S>(pmul(t, t)), load(u.carry_c, u.n));
-    gates_back<peepholes>({i, f, g, o, value}, before, c, s_o, u);
+    lstm_backward<LstmCell, peepholes>(grad_h, {i, f, g, o, u.c.value(u.n)}, u);
   }
 
   // From the gradients of c, so far, and of the sum of o.
@@ -146,9 +157,7 @@ struct LstmCoupledCell {
 
   template <bool peepholes = false>
   static FASTBPTT_INLINE void forward(const S* sums, const ForwardUnit<S>& u) {
-    const LstmGates<S> a = gates<peepholes>(sums, load(u.c, u.n), u.peephole, u.n);
-    store(u.c, a.c, u.n);
-    store(u.h, pmul(a.o, tanh_of(a.c)), u.n);
+    const LstmGates<S> a = lstm_forward<LstmCoupledCell, peepholes>(sums, u);
     if (!u.tape) return;
     u.tape.keep_activation(0, a.f, u.n);
     u.tape.keep_activation(1, a.g, u.n);
@@ -165,12 +174,8 @@ struct LstmCoupledCell {
   static FASTBPTT_INLINE void backward(const Packet<S>& grad_h, const ReverseUnit<S>& u) {
     const Packet<S> f = u.tape.activation(0, u.n), g = u.tape.activation(1, u.n),
                     o = u.tape.activation(2, u.n);
-    const Packet<S> value = u.c.value(u.n), before = u.c_before.value(u.n);
-    const Packet<S> t = tanh_of(value);
-    const Packet<S> through_o = pmul(grad_h, o);
-    const Packet<S> s_o = pmul(pmul(through_o, t), one_minus<S>(o));
-    const Packet<S> c = pmadd(through_o, one_minus<S>(pmul(t, t)), load(u.carry_c, u.n));
-    gates_back<peepholes>({one_minus<S>(f), f, g, o, value}, before, c, s_o, u);
+    lstm_backward<LstmCoupledCell, peepholes>(grad_h, {one_minus<S>(f), f, g, o, u.c.value(u.n)},
+                                              u);
   }
 
   template <bool peepholes>
