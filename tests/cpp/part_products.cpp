@@ -17,13 +17,13 @@
 namespace fastbptt::tests {
 namespace {
 
-Bf16 rounded(float value) {
+Bfloat16 rounded(float value) {
   std::uint32_t bits;
   std::memcpy(&bits, &value, sizeof(bits));
-  return static_cast<Bf16>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+  return {static_cast<std::uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
 }
-float value_of(Bf16 part) {
-  const std::uint32_t bits = std::uint32_t(part) << 16;
+float value_of(Bfloat16 part) {
+  const std::uint32_t bits = std::uint32_t(part.bits) << 16;
   float value;
   std::memcpy(&value, &bits, sizeof(value));
   return value;
@@ -50,13 +50,13 @@ Errors errors_of_one(Random& random, const PartProducts& products, int parts, bo
   for (float& v : b) v = float(scale_b * random.normal());
   for (float& v : sums) v = float(scale_a * scale_b * random.normal());
   start = sums;
-  std::vector<Bf16> a_parts(most_parts * a_part), panel(most_parts * panel_part);
+  std::vector<Bfloat16> a_parts(most_parts * a_part), panel(most_parts * panel_part);
   for (Index run = 0; run < runs; ++run) {
     for (Index k = 0; k < K; ++k) {
       for (Index r = 0; r < rows; ++r) {
         float left = a[(run * rows + r) * K + k];
         for (int i = 0; i < parts; ++i) {
-          const Bf16 part = rounded(left);
+          const Bfloat16 part = rounded(left);
           a_parts[i * a_part + run * a_run + r * a_row + k] = part;
           left -= value_of(part);
         }
@@ -64,7 +64,7 @@ Errors errors_of_one(Random& random, const PartProducts& products, int parts, bo
       for (Index j = 0; j < n; ++j) {
         float left = b[(run * K + k) * n + j];
         for (int i = 0; i < parts; ++i) {
-          const Bf16 part = rounded(left);
+          const Bfloat16 part = rounded(left);
           panel[i * panel_part + run * panel_run + k / 2 * panel_row + 2 * j + k % 2] = part;
           left -= value_of(part);
         }

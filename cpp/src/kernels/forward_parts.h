@@ -64,11 +64,11 @@ class ForwardParts<S, Cell, true> {
         w_ih_(x_panels(job.shape)),
         w_hh_(h_panels(job.shape)),
         packed_(packed),
-        x_(reinterpret_cast<Bf16*>(scratch)),
+        x_(reinterpret_cast<Bfloat16*>(scratch)),
         spans_(reinterpret_cast<Span*>(scratch + x_size(job.shape, job.steps, job.batch))),
-        h_(reinterpret_cast<Bf16*>(scratch + x_size(job.shape, job.steps, job.batch) +
-                                   spans_size(job.steps) +
-                                   job.team.rank * h_size(job.shape, job.batch))) {}
+        h_(reinterpret_cast<Bfloat16*>(scratch + x_size(job.shape, job.steps, job.batch) +
+                                       spans_size(job.steps) +
+                                       job.team.rank * h_size(job.shape, job.batch))) {}
 
   bool used() const { return parts() > 0; }
 
@@ -135,7 +135,7 @@ class ForwardParts<S, Cell, true> {
   const S* packed_h() const { return packed_ + w_ih_.size(); }
 
   // A step's rows.
-  Span split(const Sequence<const S>& rows, Index columns, Bf16* to, Index step) const {
+  Span split(const Sequence<const S>& rows, Index columns, Bfloat16* to, Index step) const {
     const Index room = PartPanels::room(columns);
     Span span;
     for (Index b = 0; b < job_.batch; ++b) {
@@ -149,9 +149,9 @@ class ForwardParts<S, Cell, true> {
   const PartPanels w_ih_;
   const PartPanels w_hh_;
   const S* const packed_;
-  Bf16* const x_;
+  Bfloat16* const x_;
   Span* const spans_;  // of x, by step
-  Bf16* const h_;
+  Bfloat16* const h_;
   Span h_span_;
 };
 

@@ -46,8 +46,9 @@ class PartPanels {
   static Index room(Index K) { return padded(K, most_part_depth); }
 
   // sums += a times panel j, of Q packets.
-  void multiply(const PartProducts& products, Index rows, const Bf16* a, Index a_row, Index a_part,
-                const float* packed, Index j, Index Q, float* sums, Index sums_row) const {
+  void multiply(const PartProducts& products, Index rows, const Bfloat16* a, Index a_row,
+                Index a_part, const float* packed, Index j, Index Q, float* sums,
+                Index sums_row) const {
     products.multiply({parts_, rows, static_cast<int>(Q), padded(K_, products.depth), 1, a, a_part,
                        0, a_row, parts_of(packed) + j * parts_ * part(), part(), 0, pair(), sums,
                        sums_row});
@@ -55,9 +56,9 @@ class PartPanels {
 
  private:
   static constexpr Index header = 16;  // of floats: the Span, in a cache line of its own
-  static Bf16* parts_of(float* data) { return reinterpret_cast<Bf16*>(data + header); }
-  static const Bf16* parts_of(const float* data) {
-    return reinterpret_cast<const Bf16*>(data + header);
+  static Bfloat16* parts_of(float* data) { return reinterpret_cast<Bfloat16*>(data + header); }
+  static const Bfloat16* parts_of(const float* data) {
+    return reinterpret_cast<const Bfloat16*>(data + header);
   }
   Index pair() const { return packets_ * 32; }
   Index part() const { return room(K_) / 2 * pair(); }

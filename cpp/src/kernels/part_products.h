@@ -14,9 +14,6 @@
 
 namespace fastbptt {
 
-// The bits of a bfloat16.
-using Bf16 = std::uint16_t;
-
 constexpr int most_parts = 3;
 
 // sums[r][n] += the sum over runs and k < K of a(r, k) * panel(k, n), for r < rows and
@@ -34,11 +31,11 @@ struct PartsProduct {
   int packets;
   Index K;
   Index runs;
-  const Bf16* a;
+  const Bfloat16* a;
   Index a_part;
   Index a_run;
   Index a_row;
-  const Bf16* panel;
+  const Bfloat16* panel;
   Index panel_part;
   Index panel_run;
   Index panel_row;

@@ -9,7 +9,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "kernels/packet.h"
+#include "kernels/bfloat16.h"
 #include "kernels/part_products.h"
 
 namespace fastbptt {
@@ -90,7 +90,7 @@ FASTBPTT_INLINE void take_part(float* values, std::uint32_t* part) {
   for (int i = 0; i < 16; ++i) {
     std::uint32_t bits;
     std::memcpy(&bits, values + i, sizeof(bits));
-    bits = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
+    bits = rounded_in_upper_half(bits) & 0xffff0000u;
     float rounded;
     std::memcpy(&rounded, &bits, sizeof(bits));
     values[i] -= rounded;
@@ -99,16 +99,16 @@ FASTBPTT_INLINE void take_part(float* values, std::uint32_t* part) {
 }
 
 // 16 values, which are lost, as parts that are `step` apart.
-FASTBPTT_INLINE void split(float* values, int parts, Bf16* to, Index step) {
+FASTBPTT_INLINE void split(float* values, int parts, Bfloat16* to, Index step) {
   for (int part = 0; part < parts; ++part, to += step) {
     alignas(64) std::uint32_t bits[16];
     take_part(values, bits);
-    for (int i = 0; i < 16; ++i) to[i] = static_cast<Bf16>(bits[i] >> 16);
+    for (int i = 0; i < 16; ++i) to[i].bits = static_cast<std::uint16_t>(bits[i] >> 16);
   }
 }
 
 // 16 values of two rows as parts side by side.
-FASTBPTT_INLINE void split_pair(float* even, float* odd, int parts, Bf16* to, Index step) {
+FASTBPTT_INLINE void split_pair(float* even, float* odd, int parts, Bfloat16* to, Index step) {
   for (int part = 0; part < parts; ++part, to += step) {
     alignas(64) std::uint32_t low[16], high[16];
     take_part(even, low);
@@ -126,7 +126,7 @@ FASTBPTT_INLINE void copy16(const float* from, Index n, float* to) {
 // A row of n values as rows of parts, padded with zeros to `room`, a multiple of 16. Returns its
 // largest magnitude.
 inline __attribute__((noinline)) std::uint32_t split_row(const float* from, Index n, Index room,
-                                                         int parts, Bf16* to, Index step) {
+                                                         int parts, Bfloat16* to, Index step) {
   Largest largest;
   alignas(64) float values[16];
   for (Index i = 0; i < room; i += 16) {
@@ -140,8 +140,8 @@ inline __attribute__((noinline)) std::uint32_t split_row(const float* from, Inde
 // Rows two by two, n values each, a multiple of 16; row(k) is null where there is none. Pair k / 2
 // lies at to + k / 2 * pair.
 template <class Row>
-FASTBPTT_INLINE void split_pairs(Index rows, Index n, int parts, Bf16* to, Index pair, Index step,
-                                 Row&& row) {
+FASTBPTT_INLINE void split_pairs(Index rows, Index n, int parts, Bfloat16* to, Index pair,
+                                 Index step, Row&& row) {
   alignas(64) float even[16], odd[16];
   for (Index k = 0; k < rows; k += 2, to += pair) {
     const float* const first = row(k);
@@ -157,7 +157,7 @@ FASTBPTT_INLINE void split_pairs(Index rows, Index n, int parts, Bf16* to, Index
 // The transpose of `rows` rows of n values: value (k, i) goes to to[i * column + k], for k below
 // `room`, zeros where there is no row. Returns what the rows span.
 template <class Row>
-FASTBPTT_INLINE Span split_transposed(Index rows, Index room, Index n, int parts, Bf16* to,
+FASTBPTT_INLINE Span split_transposed(Index rows, Index room, Index n, int parts, Bfloat16* to,
                                       Index column, Index step, Row&& row) {
   using Block = Eigen::internal::PacketBlock<Packet<float>, 16>;
   Span span;
@@ -176,15 +176,15 @@ FASTBPTT_INLINE Span split_transposed(Index rows, Index room, Index n, int parts
       Eigen::internal::ptranspose(block);
       for (Index r = 0; r < valid; ++r) {
         store(values, block.packet[r]);
-        Bf16* const at = to + (i + r) * column + k;
+        Bfloat16* const at = to + (i + r) * column + k;
         if (k + 16 <= room) {
           split(values, parts, at, step);
           continue;
         }
-        Bf16 whole[most_parts * 16];
+        Bfloat16 whole[most_parts * 16];
         split(values, parts, whole, 16);
         for (int part = 0; part < parts; ++part) {
-          std::memcpy(at + part * step, whole + part * 16, (room - k) * sizeof(Bf16));
+          std::memcpy(at + part * step, whole + part * 16, (room - k) * sizeof(Bfloat16));
         }
       }
     }

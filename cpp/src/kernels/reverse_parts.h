@@ -111,7 +111,7 @@ class ReverseParts<S, Cell, true> {
     for (Index u = job_.team.begin(count); u < job_.team.end(count); ++u) {
       Span span;
       for (Index row = t * B; row < (t + 1) * B; ++row) {
-        Bf16* const to = grads_ + row * this->row(panels_);
+        Bfloat16* const to = grads_ + row * this->row(panels_);
         Largest largest;
         const auto split_packet = [&](const S* from, Index at) {
           alignas(64) S values[p];
@@ -131,7 +131,7 @@ class ReverseParts<S, Cell, true> {
         span.add(largest.all());
         // Products may read behind the last gate, where the weights are zeros.
         for (Index i = all_grads(panels_); u == count - 1 && i < this->row(panels_); ++i) {
-          for (int part = 0; part < parts(); ++part) to[part * grads_part() + i] = 0;
+          for (int part = 0; part < parts(); ++part) to[part * grads_part() + i] = {};
         }
       }
       spans_[t * count + u] = span;
@@ -187,7 +187,7 @@ class ReverseParts<S, Cell, true> {
 
   // x or h', transposed.
   struct Transposed {
-    Bf16* values = nullptr;
+    Bfloat16* values = nullptr;
     Span* spans = nullptr;
   };
 
@@ -278,11 +278,11 @@ class ReverseParts<S, Cell, true> {
   const PartPanels w_hh_;
   const PartPanels w_ih_;
   const S* const packed_;
-  Bf16* grads_ = nullptr;
+  Bfloat16* grads_ = nullptr;
   Span* spans_ = nullptr;
   Transposed x_;
   Transposed h_;
-  Bf16* pairs_ = nullptr;
+  Bfloat16* pairs_ = nullptr;
 };
 
 #endif

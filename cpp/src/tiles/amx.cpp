@@ -57,8 +57,8 @@ class Block {
   void run() const {
     transfer<true>();
     for (Index run = 0; run < p_.runs; ++run) {
-      const Bf16* a = a_ + run * p_.a_run;
-      const Bf16* panel = panel_ + run * p_.panel_run;
+      const Bfloat16* a = a_ + run * p_.a_run;
+      const Bfloat16* panel = panel_ + run * p_.panel_run;
       for (Index k = 0; k < K_; k += tile_depth) {
         switch (p_.parts) {
           case 1:
@@ -77,20 +77,20 @@ class Block {
 
  private:
   template <const Pair* pairs, int count>
-  void multiply_pairs(const Bf16* a, const Bf16* panel) const {
+  void multiply_pairs(const Bfloat16* a, const Bfloat16* panel) const {
     each<0, count>([&](auto i) {
       constexpr bool new_a = i == 0 || pairs[i].a != pairs[i - (i > 0)].a;
       constexpr bool new_b = i == 0 || pairs[i].b != pairs[i - (i > 0)].b || N > tiles_b;
       if constexpr (new_a) {
-        const Bf16* const from = a + pairs[i].a * p_.a_part;
+        const Bfloat16* const from = a + pairs[i].a * p_.a_part;
         each<0, R>([&](auto r) {
-          load<first_a + r>(from + r * tile_rows * p_.a_row, p_.a_row * Index(sizeof(Bf16)));
+          load<first_a + r>(from + r * tile_rows * p_.a_row, p_.a_row * Index(sizeof(Bfloat16)));
         });
       }
-      const Bf16* const from = panel + pairs[i].b * p_.panel_part;
+      const Bfloat16* const from = panel + pairs[i].b * p_.panel_part;
       each<0, N>([&](auto n) {
         constexpr int tile = first_b + n % tiles_b;
-        if constexpr (new_b) load<tile>(from + n * 32, p_.panel_row * Index(sizeof(Bf16)));
+        if constexpr (new_b) load<tile>(from + n * 32, p_.panel_row * Index(sizeof(Bfloat16)));
         each<0, R>([&](auto r) { multiply<r * N + n, first_a + r, tile>(); });
       });
     });
@@ -127,8 +127,8 @@ class Block {
   }
 
   const PartsProduct& p_;
-  const Bf16* const a_;
-  const Bf16* const panel_;
+  const Bfloat16* const a_;
+  const Bfloat16* const panel_;
   float* const sums_;
   const Index rows_;
   const Index K_;
@@ -161,7 +161,7 @@ void multiply_range(const PartsProduct& product, Index k, Index K) {
 }
 
 void multiply(const PartsProduct& product) {
-  const Index bytes = product.packets * 16 * Index(sizeof(Bf16)) * product.parts;
+  const Index bytes = product.packets * 16 * Index(sizeof(Bfloat16)) * product.parts;
   const Index fit = most(tile_depth, panel_bytes / bytes / tile_depth * tile_depth);
   // With several runs a range of k would be one of each, in another order.
   const bool whole = product.runs > 1 || product.rows <= 2 * tile_rows;

@@ -22,7 +22,7 @@ constexpr int tile_rows(int packets) {
 }
 
 // A pair of values of a, in all lanes.
-inline __m512bh broadcast(const Bf16* pair) {
+inline __m512bh broadcast(const Bfloat16* pair) {
   int both;
   __builtin_memcpy(&both, pair, sizeof(both));
   return (__m512bh)_mm512_set1_epi32(both);
@@ -39,8 +39,8 @@ __attribute__((noinline)) void multiply_tile(const PartsProduct& p, Index row, I
 #pragma GCC unroll 4
     for (int q = 0; q < Q; ++q) sums[r][q] = _mm512_loadu_ps(to + r * p.sums_row + q * 16);
   for (Index run = 0; run < p.runs; ++run) {
-    const Bf16* a = p.a + run * p.a_run + row * p.a_row + 2 * begin;
-    const Bf16* panel = p.panel + run * p.panel_run + begin * p.panel_row;
+    const Bfloat16* a = p.a + run * p.a_run + row * p.a_row + 2 * begin;
+    const Bfloat16* panel = p.panel + run * p.panel_run + begin * p.panel_row;
     for (Index k = begin; k < end; ++k, a += 2, panel += p.panel_row) {
       __m512bh packets[Q];
 #pragma GCC unroll 4
