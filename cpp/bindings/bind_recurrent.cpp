@@ -21,18 +21,18 @@ struct StateArrays {
 
 // h of a bfloat16 layer in float32, and such values back. c is float32 for the caller too: it is
 // not rounded from step to step, so neither may it be where time is cut.
-py::array widened(const py::array& narrow) {
+py::array widened_copy(const py::array& narrow) {
   py::array wide = new_array<float>(shape_of(narrow));
   const Bfloat16* const from = data<Bfloat16>(narrow);
-  auto* const to = static_cast<std::uint32_t*>(wide.mutable_data());
-  for (Index i = 0; i < wide.size(); ++i) to[i] = std::uint32_t(from[i].bits) << 16;
+  auto* const to = static_cast<float*>(wide.mutable_data());
+  for (Index i = 0; i < wide.size(); ++i) to[i] = widened(from[i]);
   return wide;
 }
-py::array narrowed(const py::array& wide) {
+py::array narrowed_copy(const py::array& wide) {
   py::array narrow = new_array<Bfloat16>(shape_of(wide));
-  const auto* const from = static_cast<const std::uint32_t*>(wide.data());
+  const float* const from = data<float>(wide);
   auto* const to = static_cast<Bfloat16*>(narrow.mutable_data());
-  for (Index i = 0; i < wide.size(); ++i) to[i].bits = static_cast<std::uint16_t>(from[i] >> 16);
+  for (Index i = 0; i < wide.size(); ++i) to[i] = narrowed(from[i]);
   return narrow;
 }
 
@@ -47,7 +47,7 @@ struct NewState {
   // What the caller gets for it.
   template <class E>
   py::object as() {
-    py::array own = std::is_same_v<E, S> ? std::move(h) : narrowed(h);
+    py::array own = std::is_same_v<E, S> ? std::move(h) : narrowed_copy(h);
     if (!has_c) return std::move(own);
     return py::make_tuple(std::move(own), std::move(c));
   }
@@ -296,7 +296,7 @@ class Stack {
     const Index K = shape_.layers(), H = shape_.hidden_size, R = shape_.output_size();
     const auto h_of = [&](const std::string& part_name, const py::handle& array) {
       const py::array h = contiguous(checked<E>(part_name.c_str(), array, {K, B, R}));
-      return std::is_same_v<E, S> ? h : widened(h);
+      return std::is_same_v<E, S> ? h : widened_copy(h);
     };
     if (has_cell_state(shape_.cell)) {
       const bool pair = (py::isinstance<py::tuple>(state) || py::isinstance<py::list>(state)) &&

@@ -22,12 +22,6 @@ Bfloat16 rounded(float value) {
   std::memcpy(&bits, &value, sizeof(bits));
   return {static_cast<std::uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
 }
-float value_of(Bfloat16 part) {
-  const std::uint32_t bits = std::uint32_t(part.bits) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
 
 struct Errors {
   double parts = 0;
@@ -58,7 +52,7 @@ Errors errors_of_one(Random& random, const PartProducts& products, int parts, bo
         for (int i = 0; i < parts; ++i) {
           const Bfloat16 part = rounded(left);
           a_parts[i * a_part + run * a_run + r * a_row + k] = part;
-          left -= value_of(part);
+          left -= widened(part);
         }
       }
       for (Index j = 0; j < n; ++j) {
@@ -66,7 +60,7 @@ Errors errors_of_one(Random& random, const PartProducts& products, int parts, bo
         for (int i = 0; i < parts; ++i) {
           const Bfloat16 part = rounded(left);
           panel[i * panel_part + run * panel_run + k / 2 * panel_row + 2 * j + k % 2] = part;
-          left -= value_of(part);
+          left -= widened(part);
         }
       }
     }

@@ -3,6 +3,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 namespace fastbptt {
@@ -14,6 +15,19 @@ using Index = std::ptrdiff_t;
 struct Bfloat16 {
   std::uint16_t bits;
 };
+// In float32; and back, of a value whose lower half is zero. Inlined, as kernels of several
+// instruction sets may use them.
+__attribute__((always_inline)) inline float widened(Bfloat16 value) {
+  const std::uint32_t bits = std::uint32_t(value.bits) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof wide);
+  return wide;
+}
+__attribute__((always_inline)) inline Bfloat16 narrowed(float value) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return {static_cast<std::uint16_t>(bits >> 16)};
+}
 template <class S>
 using Narrow = std::conditional_t<std::is_const_v<S>, const Bfloat16, Bfloat16>;
 

@@ -14,7 +14,6 @@
 // sequence exists in bfloat16 alone.
 #include <algorithm>
 #include <atomic>
-#include <cstring>
 #include <memory>
 #include <type_traits>
 #include <vector>
@@ -218,12 +217,6 @@ template <class S>
 S widened(S value) {
   return value;
 }
-float widened(Bfloat16 value) {
-  const std::uint32_t bits = std::uint32_t(value.bits) << 16;
-  float wide;
-  std::memcpy(&wide, &bits, sizeof wide);
-  return wide;
-}
 
 // n values to where another type stands for them. Narrowed are only those that bfloat16 has, as the
 // kernels round what they write.
@@ -235,11 +228,7 @@ void copy_values(const Bfloat16* from, Index n, float* to) {
   for (Index i = 0; i < n; ++i) to[i] = widened(from[i]);
 }
 void copy_values(const float* from, Index n, Bfloat16* to) {
-  for (Index i = 0; i < n; ++i) {
-    std::uint32_t bits;
-    std::memcpy(&bits, from + i, sizeof bits);
-    to[i].bits = static_cast<std::uint16_t>(bits >> 16);
-  }
+  for (Index i = 0; i < n; ++i) to[i] = narrowed(from[i]);
 }
 
 template <class S>
