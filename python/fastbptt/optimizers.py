@@ -132,17 +132,14 @@ class Optimizer:
         self._lr = _at_least_zero("lr", value)
 
     def _add_buffers(self, *kinds: str) -> None:
-        sizes: dict[Any, int] = {}
-        for parameter in self._updated.values():
-            sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.size
+        places = _places(self._updated)
+        sizes = {p.dtype: places[name].stop for name, p in self._updated.items()}
         for kind in kinds:
             self._rows[kind] = rows = {dtype: np.zeros(n, dtype) for dtype, n in sizes.items()}
-            ends = dict.fromkeys(sizes, 0)
-            self._buffers[kind] = views = {}
-            for name, parameter in self._updated.items():
-                begin = ends[parameter.dtype]
-                ends[parameter.dtype] = end = begin + parameter.size
-                views[name] = rows[parameter.dtype][begin:end].reshape(parameter.shape)
+            self._buffers[kind] = {
+                name: rows[p.dtype][places[name]].reshape(p.shape)
+                for name, p in self._updated.items()
+            }
 
     def step(self, grads: Mapping[str, Array]) -> None:
         """Update the parameters in place.
@@ -621,23 +618,32 @@ def clip_grad_norm(grads: Mapping[str, Array], max_norm: float) -> float:
     return norm
 
 
+def _places(parameters: Mapping[str, Array]) -> dict[str, slice]:
+    """Return where each lies if all of one dtype are put in a row."""
+    places, ends = {}, {parameter.dtype: 0 for parameter in parameters.values()}
+    for name, parameter in parameters.items():
+        begin = ends[parameter.dtype]
+        ends[parameter.dtype] += parameter.size
+        places[name] = slice(begin, ends[parameter.dtype])
+    return places
+
+
 def _divided(parameters: Mapping[str, Array]) -> Iterator[_Block]:
     """Cut parameters into blocks: long ones into several, neighbours that are short into one."""
-    ends = {parameter.dtype: 0 for parameter in parameters.values()}
+    places = _places(parameters)
     open_blocks: dict[Any, _Block] = {}
     for name, parameter in parameters.items():
         dtype, flat = parameter.dtype, parameter.reshape(-1)
         for begin in range(0, flat.size, _BLOCK):
             view = flat[begin : begin + _BLOCK]
-            end = ends[dtype]
-            ends[dtype] += view.size
+            first = places[name].start + begin
             block = open_blocks.get(dtype)
-            if block is None or end + view.size - block.begin > _BLOCK:
+            if block is None or first + view.size - block.begin > _BLOCK:
                 if block is not None:
                     yield block
-                block = open_blocks[dtype] = _Block(dtype, end, end)
+                block = open_blocks[dtype] = _Block(dtype, first, first)
             block.pieces.append((name, begin, view))
-            block.end = ends[dtype]
+            block.end = first + view.size
     yield from open_blocks.values()
 
 
