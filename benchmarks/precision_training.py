@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,10 +25,12 @@ import fastbptt as fb
 from fastbptt.cli.data import stream_starts
 from fastbptt.cli.settings import DEFAULTS, LEARNING_RATES, Settings
 from fastbptt.cli.text import read_text
+from report import put_between
 from vanishing import Adding
 
 Array = NDArray[Any]
 DOCUMENT, PICTURE = Path("docs/precision.md"), "precision.png"
+FIRST, LAST = "<!-- precision_training -->\n", "<!-- end -->"
 SPAN = 25  # updates that a point of a curve is the mean of
 UPDATES = {"text": 1000, "adding": 1500}
 UNITS = {"text": "held out, bits per character", "adding": "test error"}
@@ -172,17 +173,6 @@ def draw(outcomes: dict[tuple[str, str], list[Outcome]], tasks: list[str], path:
     figure.savefig(path, dpi=110)
 
 
-def write(document: Path, text: str) -> None:
-    """Put the table between its marks in the document."""
-    marks = "<!-- precision_training -->\n", "<!-- end -->"
-    page = document.read_text(encoding="utf-8")
-    pattern = re.escape(marks[0]) + ".*?" + re.escape(marks[1])
-    if not re.search(pattern, page, flags=re.DOTALL):
-        raise SystemExit(f"{document} has no place for the table: {marks[0].strip()}")
-    new = re.sub(pattern, lambda _: f"{marks[0]}\n{text}\n\n{marks[1]}", page, flags=re.DOTALL)
-    document.write_text(new, encoding="utf-8")
-
-
 def main() -> None:
     """Run all and write table and picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -203,7 +193,7 @@ def main() -> None:
     text = table(outcomes, chosen.tasks)
     print(text)
     if chosen.document is not None:
-        write(chosen.document, text)
+        put_between(chosen.document, FIRST, LAST, f"\n{text}\n\n")
         draw(outcomes, chosen.tasks, chosen.document.parent / PICTURE)
 
 
