@@ -19,7 +19,8 @@ T, B, I = 7, 3, 5  # noqa: E741
 KINDS = ["lstm", "coupled", "peephole", "projection", "gru"]
 
 
-def make(kind, H, num_layers=1, **options):
+def make(kind, H, num_layers=1, seed=0, **options):
+    options["seed"] = seed
     if kind == "gru":
         return fb.GRU(I, H, num_layers, layer_norm=True, **options)
     own = {
