@@ -246,10 +246,20 @@ class ForwardLayer {
     }
     const Index begin = K_h * (h_passes - 1) / h_passes;
     for_row_tiles(B, packets_of_tile, [&](Index R, Index row) {
+      for (Index r = row; !normalised && r < row + R; ++r) fetch_tape(t, j, r);
       if (whole && !ahead_) pass(R, row, x, x_range<Cell>, 0, I, x_panel);
       pass(R, row, h_, h_range<Cell>, begin, K_h, h_panel + begin * h_step);
       for (Index r = row; !normalised && r < row + R; ++r) finish(t, j, r, sums + r * width);
     });
+  }
+
+  // The tape that the cell of a row writes comes while the row is multiplied.
+  FASTBPTT_INLINE void fetch_tape(Index t, Index j, Index b) const {
+    if constexpr (Cell::tape > 0) {
+      const Index first = panels_.unit(j, 0) * Cell::tape, n = p * Cell::tape;
+      if (job_.tape.wide.data) fetch(job_.tape.wide.at(t, b) + first, n);
+      if (job_.tape.narrow.data) fetch(job_.tape.narrow.at(t, b) + first, n);
+    }
   }
 
   // The same with products of parts, as far as the step's values allow them.

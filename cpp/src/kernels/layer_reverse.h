@@ -335,6 +335,26 @@ class ReverseLayer {
     }
   }
 
+  // What the cells of a row read of a panel's units comes while the row is multiplied.
+  FASTBPTT_INLINE void fetch_units(Index t, Index b, Index Q, Index panel) const {
+    const Index first = panel * 4 * p, before = t > 0 ? t - 1 : 0;
+    if (job_.grad_y.data) fetch(job_.grad_y.at(t, b) + first, Q * p);
+    if constexpr (Cell::second != Second::projection) {
+      fetch(job_.y.at(Cell::carries_h ? before : t, b) + first, Q * p);
+      fetch_tape(job_.tape.wide, t, b, first, Q);
+      fetch_tape(job_.tape.narrow, t, b, first, Q);
+    }
+  }
+  template <class T>
+  FASTBPTT_INLINE void fetch_tape(const Sequence<T>& tape, Index t, Index b, Index first,
+                                  Index Q) const {
+    if (Cell::tape == 0 || !tape.data) return;
+    fetch(tape.at(t, b) + first * Cell::tape, Q * p * Cell::tape);
+    if (!Cell::has_c || t == 0) return;
+    // Of the step before only c, the last run of each packet.
+    for (Index q = 1; q <= Q; ++q) fetch(tape.at(t - 1, b) + (first + q * p) * Cell::tape - p, p);
+  }
+
   void step(Index t) {
     const Index B = job_.batch, K = panels_.R;
     const bool last = t == job_.steps - 1;  // then grad_state holds all that comes back
@@ -344,6 +364,7 @@ class ReverseLayer {
           for (Index r = 0; r < R; ++r) {
             start_h(sums + r * 4 * p, Q, panel,
                     last || starts_with_carry() ? job_.grad_state.h + (b + r) * K : nullptr);
+            fetch_units(t, b + r, Q, panel);
           }
         },
         [&](S* sums, Index R, Index b, Index Q, Index panel) {
@@ -581,23 +602,14 @@ class ReverseLayer {
   }
 
   void weight_gradients(Index j) {
-    const Index B = job_.batch;
     if (job_.fresh) {
       S* const sums = panels_.bias(job_.scratch, j);
       for (Index i = 0; i < panels_.panel_size(); ++i) sums[i] = S(0);
     }
     if (parts_.used()) return weight_gradients_in_parts(j);
-    // Steps at a time: the gate gradients of more would not stay in L2 for all columns, and with
-    // fewer the sums would be read and written too often.
-    const Index rows = 2 * panel_bytes / (Index(sizeof(S)) * width);
-    const Index most = rows > B ? rows / B : 1;
-    for (Index end = job_.steps; end > 0; end -= most) {
-      const Index begin = end > most ? end - most : 0;
-      bias_gradient(j, begin * B, end * B);
-      x_gradient(j, begin, end);
-      h_gradient(j, begin, end);
-      if (begin == 0) break;
-    }
+    bias_gradient(j, 0, rows_);
+    x_gradient(j, 0, job_.steps);
+    h_gradient(j, 0, job_.steps);
   }
 
   void x_gradient(Index j, Index begin, Index end) {
@@ -640,16 +652,10 @@ class ReverseLayer {
 
   void second_gradient(Index j) {
     const Index B = job_.batch, Q = second_.panels.packets(j), row = second_.input_row();
-    const Index rows = panel_bytes / (Index(sizeof(S)) * 4 * p);
-    const Index most = rows > B ? rows / B : 1;
     S* const to = second_.panels.x(job_.scratch + panels_.size(), j);
     for (Index i = 0; job_.fresh && i < second_.panels.I * Q * p; ++i) to[i] = S(0);
-    for (Index end = job_.steps; end > 0; end -= most) {
-      const Index begin = end > most ? end - most : 0;
-      outer(second_grads(j, 0), 4 * p, Q, {second_inputs_, B * row, row}, begin, end, 0,
-            second_.panels.I, to);
-      if (begin == 0) break;
-    }
+    outer(second_grads(j, 0), 4 * p, Q, {second_inputs_, B * row, row}, 0, job_.steps, 0,
+          second_.panels.I, to);
   }
 
   void bias_gradient(Index j, Index begin, Index end) {
@@ -679,6 +685,10 @@ class ReverseLayer {
           columns, to);
   }
 
+  // The weight gradients of so many columns stay in L1, and with them what rows of so many, rows of
+  // the gate gradients and pieces of the inputs' rows, add to them.
+  static constexpr Index columns_at_once = 48, rows_at_once = 64;
+
   // to[i][q] += sum over t in [begin, end) and b, from the last to the first, of
   // a(t, b)[i] * gradient(t + shift, b)[q], a panel of gradients whose rows are `step` apart.
   void outer(const S* gradient, Index step, Index Q, const Sequence<const S>& a, Index begin,
@@ -687,20 +697,31 @@ class ReverseLayer {
     const Index B = job_.batch;
     // Where all rows lie at one stride they are one sum; else it goes step by step.
     const bool even = B == 1 || a.step == B * a.row;
+    const Index runs = even ? 1 : end - begin, K = even ? (end - begin) * B : B;
+    const Index most = rows_at_once > K ? rows_at_once / K : 1;  // runs at once
     ColumnsProduct<S> product{};
     product.a_row = B == 1 ? -a.step : -a.row;
     product.a_run = -a.step;
-    product.runs = even ? 1 : end - begin;
-    product.K = even ? (end - begin) * B : B;
-    product.panel = gradient + ((end - 1 + shift) * B + B - 1) * step;
     product.panel_row = -step;
     product.panel_run = -B * step;
     const S* const last = a.at(end - 1, B - 1);
-    for_row_tiles(columns, Q, [&](Index R, Index i) {
-      product.sums = to + i * Q * p;
-      product.a = last + i;
-      multiply_columns(R, Q, product);
-    });
+    const S* const last_gradient = gradient + ((end - 1 + shift) * B + B - 1) * step;
+    for (Index first = 0, n; first < columns; first += n) {
+      // Not so few behind the last group that they would be a group of their own.
+      n = columns - first < columns_at_once * 4 / 3 ? columns - first : columns_at_once;
+      for (Index run = 0; run < runs; run += most) {
+        product.runs = runs - run < most ? runs - run : most;
+        for (Index k = 0; k < K; k += product.K) {
+          product.K = K - k < rows_at_once ? K - k : rows_at_once;
+          product.panel = last_gradient + run * product.panel_run + k * product.panel_row;
+          for_row_tiles(n, Q, [&](Index R, Index i) {
+            product.sums = to + (first + i) * Q * p;
+            product.a = last + run * product.a_run + k * product.a_row + first + i;
+            multiply_columns(R, Q, product);
+          });
+        }
+      }
+    }
   }
 
   const ReverseJob<S>& job_;
