@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import fastbptt as fb
-from fastbptt import _core, memory, training
+from fastbptt import _core, checkpointing, memory, training
 from fastbptt.checkpointing import advanced_steps
 from reference import KERNELS, make_layer
 
@@ -251,6 +251,23 @@ def test_memory_is_divided_within_two_percent_of_the_best(seed):
         if left >= (needs.state if length < T else 0):
             best = min(best, advanced_steps(T, int(left // needs.state), length))
     assert T + advanced_steps(T, slots, segment) <= 1.02 * (T + best)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_long_sequences_run_in_segments_that_stay_in_the_cache(seed):
+    """The memory would allow segments several times as long, which save next to nothing."""
+    rng = np.random.default_rng(seed)
+    B, I, H = (int(rng.integers(*n)) for n in ((1, 5), (1, 60), (8, 80)))  # noqa: E741
+    model = fb.Model(make_layer(rng.choice(KERNELS), I, H), fb.Linear(H, 3))
+    T = 1_000_000
+    needs = memory.needs_of(model, T, B)
+    longest = checkpointing._CACHED // needs.step
+    size = 2 * (needs.fixed(longest) + longest * needs.step + T // longest * needs.state)
+    slots, segment = fb.Checkpointed(memory=size).division(T, needs)
+    assert longest / 2 < segment <= longest
+    assert advanced_steps(T, slots, segment) < T
+    words = fb.Checkpointed(memory=size).explain(model, T, B)
+    assert f"segments of {segment} steps" in words
 
 
 def smallest(T, needs):
