@@ -107,6 +107,13 @@ class ForwardLayer {
   // next panel is fetched ahead, in order.
   bool goes_back(Index t) const { return t % 2 == 1 && job_.batch <= few_rows; }
 
+  // The product of a single tile of rows is as fast as its panel is read, and a cell is a chain of
+  // operations that wait for each other. In turn each would hold up the next: so all panels are
+  // multiplied first, and then the cells run, where one fills the gaps of another.
+  bool cells_wait() const {
+    return normalised || (ahead_ && job_.packed && !parts_.used() && job_.batch <= few_rows);
+  }
+
   void run() {
     const Team& team = job_.team;
     const Index begin = team.begin(panels_.count()), end = team.end(panels_.count());
@@ -136,6 +143,11 @@ class ForwardLayer {
           step_panel(t, j);
         } else {
           step_panel_directly(t, j);
+        }
+      }
+      if (!normalised && cells_wait()) {
+        for (Index j = begin; j < end; ++j) {
+          for (Index b = 0; b < job_.batch; ++b) finish(t, j, b, ahead(j, t * job_.batch + b));
         }
       }
       team.wait();
@@ -249,7 +261,7 @@ class ForwardLayer {
       for (Index r = row; !normalised && r < row + R; ++r) fetch_tape(t, j, r);
       if (whole && !ahead_) pass(R, row, x, x_range<Cell>, 0, I, x_panel);
       pass(R, row, h_, h_range<Cell>, begin, K_h, h_panel + begin * h_step);
-      for (Index r = row; !normalised && r < row + R; ++r) finish(t, j, r, sums + r * width);
+      for (Index r = row; !cells_wait() && r < row + R; ++r) finish(t, j, r, sums + r * width);
     });
   }
 
