@@ -754,8 +754,8 @@ class RNN(Recurrent[Array]):
         `h_t = d * h_{t-1} + (1 - d) * h~_t`, d one with probability k and else zero, h~ what the
         layer computes (Krueger et al. 2017). Without training d is k, the expectation.
     precision : {"highest", "high", "medium"}, optional
-        Of the matrix products of a float32 layer, see `set_float32_matmul_precision`; by default
-        what that says when a call begins.
+        Of the matrix products, see `set_float32_matmul_precision`; by default what that says when
+        a call begins, and `"medium"` in bfloat16. Not for float64 layers.
     seed : int, optional
         Of the initial parameters, and of what training draws; a new one each time by default.
     init : {"uniform", "orthogonal"}
@@ -906,8 +906,8 @@ class LSTM(Recurrent[tuple[Array, Array]]):
         In bfloat16, not for float64 layers, it takes half of the memory: the results stay the same
         to the bit, the gradient is that of gates and cells with 8 bits of precision.
     precision : {"highest", "high", "medium"}, optional
-        Of the matrix products of a float32 layer, see `set_float32_matmul_precision`; by default
-        what that says when a call begins.
+        Of the matrix products, see `set_float32_matmul_precision`; by default what that says when
+        a call begins, and `"medium"` in bfloat16. Not for float64 layers.
     seed : int, optional
         Of the initial parameters, and of what training draws; a new one each time by default.
     init : {"uniform", "orthogonal"}
@@ -1089,8 +1089,8 @@ class GRU(Recurrent[Array]):
         In bfloat16, not for float64 layers, it takes half of the memory: the results stay the same
         to the bit, the gradient is that of gates with 8 bits of precision.
     precision : {"highest", "high", "medium"}, optional
-        Of the matrix products of a float32 layer, see `set_float32_matmul_precision`; by default
-        what that says when a call begins.
+        Of the matrix products, see `set_float32_matmul_precision`; by default what that says when
+        a call begins, and `"medium"` in bfloat16. Not for float64 layers.
     seed : int, optional
         Of the initial parameters, and of what training draws; a new one each time by default.
     init : {"uniform", "orthogonal"}

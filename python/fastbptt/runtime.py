@@ -71,8 +71,8 @@ def get_num_threads() -> int:
 def set_float32_matmul_precision(precision: str) -> None:
     """Set what the matrix products of float32 layers are made of, as in PyTorch.
 
-    It counts for the calls that begin from now on, of all recurrent layers that were made without a
-    `precision` of their own. Gates, states and sums are float32 always; so are readouts.
+    It counts for the calls that begin from now on, of all float32 recurrent layers that were made
+    without a `precision` of their own. Gates, states and sums are float32 always; so are readouts.
 
     Parameters
     ----------

@@ -94,7 +94,7 @@ struct LayerOptions {
 };
 
 // What float32 products are made of: float32 arithmetic, or at least as accurate; two, or one
-// bfloat16 for each value where that is faster. as_set: what set_float32_matmul_precision says.
+// bfloat16 for each value where that is faster. as_set: what is set for float32, else medium.
 enum class MatmulPrecision { as_set, highest, high, medium };
 
 struct LayerShape {

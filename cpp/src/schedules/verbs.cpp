@@ -398,9 +398,10 @@ struct Session<E>::Data {
   void choose_parts() {
     const PartProducts* const products = part_products();
     if (!std::is_same_v<S, float> || !products || direct || shape.options.layer_norm) return;
-    const MatmulPrecision precision = shape.precision == MatmulPrecision::as_set
-                                          ? get_float32_matmul_precision()
-                                          : shape.precision;
+    // Of what is bfloat16 anyway one part is enough, unless the layer asks for more.
+    const MatmulPrecision set = narrow ? MatmulPrecision::medium : get_float32_matmul_precision();
+    const MatmulPrecision precision =
+        shape.precision == MatmulPrecision::as_set ? set : shape.precision;
     shape.options.parts = products->parts(shape.layer(0), precision, parts[0].rows, all.rows);
     shape.options.part_depth = static_cast<int>(products->depth);
   }
