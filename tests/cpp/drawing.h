@@ -36,6 +36,25 @@ class Random {
 
 template <class S>
 constexpr S nan = std::numeric_limits<S>::quiet_NaN();
+template <>
+inline constexpr Bfloat16 nan<Bfloat16>{0x7fc0};
+
+// The value of type S next to a number, and the number that it is.
+template <class S>
+S nearest(double number) {
+  if constexpr (std::is_same_v<S, Bfloat16>) {
+    int exponent;
+    const double digits = std::frexp(number, &exponent);  // of which 8 stay
+    return narrowed(float(std::ldexp(std::nearbyint(std::ldexp(digits, 8)), exponent - 8)));
+  } else {
+    return static_cast<S>(number);
+  }
+}
+inline double number(Bfloat16 value) { return double(widened(value)); }
+template <class S>
+double number(S value) {
+  return static_cast<double>(value);
+}
 
 template <class S>
 class Array {
@@ -56,9 +75,13 @@ class Array {
   }
   template <class Draw>
   void draw(Draw&& next) const {
-    for (Index i = 0; i < size_; ++i) data()[i] = static_cast<S>(next());
+    for (Index i = 0; i < size_; ++i) data()[i] = nearest<S>(next());
   }
-  std::vector<double> doubles() const { return {data(), data() + size_}; }
+  std::vector<double> doubles() const {
+    std::vector<double> values(size_);
+    for (Index i = 0; i < size_; ++i) values[i] = number(data()[i]);
+    return values;
+  }
 
  private:
   Index size_ = 0;
@@ -93,14 +116,14 @@ class SequenceArray {
   }
   std::vector<double> doubles() const {
     std::vector<double> values;
-    for_each([&](S value) { values.push_back(value); });
+    for_each([&](S value) { values.push_back(number(value)); });
     return values;
   }
   // Of what lies between the rows, which nobody may write.
   bool gaps_untouched() const {
     Index numbers = 0, written = 0;
-    for (Index i = 0; i < array_.size(); ++i) numbers += !std::isnan(array_[i]);
-    for_each([&](S value) { written += !std::isnan(value); });
+    for (Index i = 0; i < array_.size(); ++i) numbers += !std::isnan(number(array_[i]));
+    for_each([&](S value) { written += !std::isnan(number(value)); });
     return numbers == written;
   }
 

@@ -240,16 +240,19 @@ Vector times(Vector all, const Vector& factors) {
 bool stop_at_once(void*) { return true; }
 
 // A stack of layers and all that its verbs take.
-template <class S>
+template <class E>
 class StackProblem {
+  using S = Arithmetic<E>;
+  static constexpr bool narrow = !std::is_same_v<E, S>;
+
  public:
   StackProblem(Random& random, const Options& o)
       : o_(o),
-        x_(sequence(o.x, o.shape.input_size)),
-        dy_(sequence(o.dy, y_width())),
+        x_(sequence<E>(o.x, o.shape.input_size)),
+        dy_(sequence<S>(o.dy, y_width())),
         initial_(o.shape, o.B, o.offset),
         grad_final_(o.shape, o.B, o.offset),
-        grad_cells_(sequence(o.dy, c_width())),
+        grad_cells_(sequence<S>(o.dy, c_width())),
         resets_(o.resets ? Array<bool>(o.T * o.B, o.offset) : Array<bool>()),
         mask_(o.mask ? Array<bool>(o.T * o.B, o.offset) : Array<bool>()),
         weights_(o.shape, o.bias, o.offset) {
@@ -261,16 +264,17 @@ class StackProblem {
     // A normalised value and its gradient are what is left of larger ones, a unit as wide as
     // theirs.
     const double allowed = std::max(
-        unit_of(o_.shape.precision),
+        // What is rounded to bfloat16 from step to step is as rough as products of it.
+        unit_of(narrow ? MatmulPrecision::medium : o_.shape.precision),
         (o_.shape.options.layer_norm ? 4 : 1) *
             tolerance<S>(o_.shape.num_layers * (o_.shape.input_size + c_width()) + o_.T * o_.B));
     const Expected want = expected();
-    const auto weights = weights_.template views<const S>();
-    const SequenceArray<S> y = sequence(o_.y, y_width());
+    const auto weights = weights_.template views<const E>();
+    const SequenceArray<E> y = sequence<E>(o_.y, y_width());
     const StateArrays<S> final(o_.shape, o_.B, o_.offset);
-    Forward<S> run{o_.T, input(), {}, y.view(), final.view()};
+    Forward<E> run{o_.T, input(), {}, y.view(), final.view()};
     run.begin = o_.begin;
-    const SequenceArray<S> cells = sequence(o_.y, c_width());
+    const SequenceArray<S> cells = sequence<S>(o_.y, c_width());
     if (o_.cells) run.cells = cells.view();
     const auto session_with = [&](const std::uint64_t* seed) {
       Batch batch{o_.begin + o_.T, o_.B};
@@ -280,7 +284,7 @@ class StackProblem {
       batch.mask = mask_.data();
       if (!o_.lengths.empty()) batch.lengths = o_.lengths.data();
       batch.packed = o_.packed;
-      return std::make_unique<Session<S>>(o_.shape, weights.data(), batch, o_.T);
+      return std::make_unique<Session<E>>(o_.shape, weights.data(), batch, o_.T);
     };
     const auto session = [&] { return session_with(o_.seeded ? &o_.seed : nullptr); };
     if (o_.initial) run.initial = initial_.const_view();
@@ -298,7 +302,7 @@ class StackProblem {
     session()->advance(run);
     check_forward("advance");
 
-    y.array().fill(nan<S>);
+    y.array().fill(nan<E>);
     final.h.fill(nan<S>);
     cells.array().fill(nan<S>);
     if (final.c.data()) final.c.fill(nan<S>);
@@ -311,7 +315,7 @@ class StackProblem {
     // The roundings of a narrow tape are larger than any of the arithmetic.
     const double near =
         o_.shape.options.narrow_tape ? std::max(allowed, 4 * bfloat16_unit) : allowed;
-    const SequenceArray<S> grad_x = sequence(o_.dx, o_.shape.input_size);
+    const SequenceArray<S> grad_x = sequence<S>(o_.dx, o_.shape.input_size);
     const StateArrays<S> grad_initial(o_.shape, o_.B, o_.offset);
     const WeightArrays<S> grads(o_.shape, o_.bias, o_.offset);
     for (const Array<S>& grad : grads.arrays) grad.fill(S(0.5));
@@ -388,12 +392,14 @@ class StackProblem {
   }
   Index rows() const { return o_.packed ? place(o_.T, 0) : o_.T * o_.B; }
 
-  SequenceArray<S> sequence(Layout layout, Index width) const {
-    return o_.packed ? SequenceArray<S>(layout, rows() > 0, rows(), width, o_.offset)
-                     : SequenceArray<S>(layout, o_.T, o_.B, width, o_.offset);
+  template <class V>
+  SequenceArray<V> sequence(Layout layout, Index width) const {
+    return o_.packed ? SequenceArray<V>(layout, rows() > 0, rows(), width, o_.offset)
+                     : SequenceArray<V>(layout, o_.T, o_.B, width, o_.offset);
   }
   // The steps of one row.
-  Vector row_of(const SequenceArray<S>& all, Index width, Index b) const {
+  template <class V>
+  Vector row_of(const SequenceArray<V>& all, Index width, Index b) const {
     const Vector values = all.doubles();
     Vector row;
     for (Index t = 0; t < steps(b); ++t) {
@@ -409,22 +415,23 @@ class StackProblem {
     }
   }
 
-  Sequence<const S> input() const { return rows() > 0 ? x_.const_view() : Sequence<const S>{}; }
+  Sequence<const E> input() const { return rows() > 0 ? x_.const_view() : Sequence<const E>{}; }
 
   void draw(Random& random) {
     const auto normal = [&] { return random.normal(); };
     // Saturated units would turn a rounding error into any relative error of their slope.
     const double bound =
         1.0 / std::sqrt(double(std::max(o_.shape.input_size, o_.shape.hidden_size)));
-    x_.for_each([&](S& value) { value = S(normal()); });
+    x_.for_each([&](E& value) { value = nearest<E>(normal()); });
     dy_.for_each([&](S& value) { value = S(normal()); });
     grad_cells_.for_each([&](S& value) { value = S(normal()); });
     const double often = random.chance(0.5) ? 0.5 : 0.1;
     resets_.draw([&] { return random.chance(often); });
     mask_.draw([&] { return !random.chance(often); });
     // What is missing may hold anything.
-    const auto lose = [](const SequenceArray<S>& all, Index t, Index b, Index width) {
-      std::fill_n(all.view().at(t, b), width, nan<S>);
+    const auto lose = [](const auto& all, Index t, Index b, Index width) {
+      auto* const first = all.view().at(t, b);
+      std::fill_n(first, width, nan<std::decay_t<decltype(*first)>>);
     };
     for (Index t = 0; t < o_.T && !o_.packed; ++t) {
       for (Index b = 0; b < o_.B; ++b) {
@@ -434,11 +441,11 @@ class StackProblem {
         if (behind) lose(grad_cells_, t, b, c_width());
       }
     }
-    for (const StateArrays<S>* state : {&initial_, &grad_final_}) {
-      state->h.draw(normal);
-      state->c.draw(normal);
-    }
-    for (const Array<S>& weight : weights_.arrays)
+    initial_.h.draw([&] { return number(nearest<E>(normal())); });
+    grad_final_.h.draw(normal);
+    initial_.c.draw(normal);
+    grad_final_.c.draw(normal);
+    for (const Array<E>& weight : weights_.arrays)
       weight.draw([&] { return random.uniform(bound); });
   }
 
@@ -462,7 +469,7 @@ class StackProblem {
     };
     if (o_.initial) p.h0 = state(initial_.h, R), p.c0 = state(initial_.c, H);
     if (o_.grad_final) p.grad_h = state(grad_final_.h, R), p.grad_c = state(grad_final_.c, H);
-    const Array<S>* w = &weights_.arrays[weights_a_layer * k];
+    const Array<E>* w = &weights_.arrays[weights_a_layer * k];
     p.w_ih = keep(w[0].doubles()), p.w_hh = keep(w[1].doubles());
     p.b_ih = keep(w[2].doubles()), p.b_hh = keep(w[3].doubles());
     p.peephole = keep(w[7].doubles());
@@ -604,31 +611,38 @@ class StackProblem {
   }
 
   const Options o_;
-  SequenceArray<S> x_;
+  SequenceArray<E> x_;
   SequenceArray<S> dy_;
   StateArrays<S> initial_;
   StateArrays<S> grad_final_;
   SequenceArray<S> grad_cells_;
   Array<bool> resets_;
   Array<bool> mask_;
-  WeightArrays<S> weights_;
+  WeightArrays<E> weights_;
   // What the reference's problem points at.
   std::vector<std::unique_ptr<Vector>> kept_;
   std::vector<std::unique_ptr<bool[]>> flags_;
 };
 
-template <class S>
+template <class E>
 void check_stack(Random& random, Verdict& verdict, std::string& text) {
+  using S = Arithmetic<E>;
+  constexpr bool narrow = !std::is_same_v<E, S>;
   Options options = draw_options(random);
-  options.shape.options.narrow_tape =
-      std::is_same_v<S, float> && !options.shape.options.layer_norm && random.chance(0.2);
-  // An error may decide whether another passes a relu.
+  if (narrow) {
+    // An error may decide whether another passes a relu; and there is no normalisation.
+    if (options.shape.cell == Cell::rnn_relu) options.shape.cell = Cell::rnn_tanh;
+    options.shape.options.layer_norm = false;
+  }
+  options.shape.options.narrow_tape = std::is_same_v<S, float> &&
+                                      !options.shape.options.layer_norm &&
+                                      random.chance(narrow ? 0.8 : 0.2);
   if (std::is_same_v<S, float> && options.shape.cell != Cell::rnn_relu && random.chance(0.3)) {
     options.shape.precision = random.chance(0.5) ? MatmulPrecision::high : MatmulPrecision::medium;
   }
-  text = text_of(options, sizeof(S) == 4 ? "float32" : "float64");
+  text = text_of(options, narrow ? "bfloat16" : sizeof(S) == 4 ? "float32" : "float64");
   set_num_threads(options.threads);
-  StackProblem<S>(random, options).check(verdict, random.chance(0.1));
+  StackProblem<E>(random, options).check(verdict, random.chance(0.1));
 }
 
 // linear, linear_backward, readout_loss and embedding_backward over the same rows.
@@ -780,13 +794,15 @@ void check_readout(Random& random, Verdict& verdict, std::string& text) {
 int run(unsigned long seed, unsigned long count) {
   const std::string isa = isa_or_exit();
   unsigned long failed = 0;
+  constexpr void (*stacks[])(Random&, Verdict&, std::string&) = {
+      check_stack<float>, check_stack<double>, check_stack<Bfloat16>};
   for (unsigned long i = 0; i < count; ++i) {
     Random random(seed + i);
     Verdict verdict;
     std::string text;
     const auto check = random.chance(0.2)
                            ? (random.chance(0.5) ? check_readout<float> : check_readout<double>)
-                           : (random.chance(0.5) ? check_stack<float> : check_stack<double>);
+                           : stacks[random.between(0, 2)];
     check(random, verdict, text);
     if (!verdict.failed()) continue;
     std::fprintf(stderr, "seed %lu, %s: %s\n", seed + i, isa.c_str(), text.c_str());
