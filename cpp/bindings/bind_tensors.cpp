@@ -2,6 +2,9 @@
 //
 // A call reads all it needs of its tensors at once (dlpack.h) and checks it: nothing is kept from
 // one to the next, so tensors may be replaced, moved and resized in between.
+//
+// A run in bfloat16 has float32 states and gradients inside (recurrent.h). Tensors become what the
+// core takes in `settle`, and what the caller wants in `cast`: nowhere else is anything rounded.
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
@@ -23,7 +26,8 @@ namespace {
 // with, and the weights in torch's order, those of a layer and direction side by side.
 struct Inputs {
   StackShape shape;
-  Dtype dtype;
+  Dtype dtype;               // of x, y and the weights, as the core takes them
+  std::vector<Dtype> given;  // that of x, h, c and each weight, as they came
   Index T, B;
   View x, h, c;  // h and c may be null
   std::vector<View> weights;
@@ -31,12 +35,31 @@ struct Inputs {
   bool packed = false;
 
   Batch batch() const { return {T, B, packed ? lengths.data() : nullptr, packed}; }
+  // Of states, gradients and the tape.
+  Dtype wide() const { return dtype == Dtype::bfloat16 ? Dtype::float32 : dtype; }
+  // Calls work with a value of the type of x, y and the weights.
+  template <class F>
+  void by_type(F&& work) const {
+    if (dtype == Dtype::float64) return work(double{});
+    if (dtype == Dtype::bfloat16) return work(Bfloat16{});
+    work(float{});
+  }
+  Index tape_size() const {
+    return dtype == Dtype::bfloat16 ? fastbptt::tape_size<Bfloat16>(shape, batch())
+                                    : fastbptt::tape_size(shape, batch());
+  }
 };
+
+bool is_float32_or_bfloat16(Dtype dtype) {
+  return dtype == Dtype::float32 || dtype == Dtype::bfloat16;
+}
 
 class Verbs {
  public:
+  // `autocast` is the dtype that h has from step to step where tensors may be float32 and bfloat16
+  // side by side; empty: all are of one dtype, and so is h.
   Verbs(const py::type& tensor, const py::type& parameter, const std::string& cell, bool bias,
-        bool batch_first, Index directions, bool projected)
+        bool batch_first, Index directions, bool projected, const std::string& autocast)
       : tensors_(tensor, parameter),
         cell_(cell_of(cell)),
         bias_(bias),
@@ -48,6 +71,13 @@ class Verbs {
     }
     if (projected && cell_ != Cell::lstm) {
       throw py::value_error("projected: got " + cell + ", wanted an LSTM");
+    }
+    if (!autocast.empty() && autocast != "float32" && autocast != "bfloat16") {
+      throw py::value_error("autocast: got '" + autocast +
+                            "', wanted 'float32', 'bfloat16' or nothing");
+    }
+    if (!autocast.empty()) {
+      autocast_ = autocast == "bfloat16" ? Dtype::bfloat16 : Dtype::float32;
     }
     members_ = {0, 1};
     if (bias) members_.insert(members_.end(), {2, 3});
@@ -87,27 +117,32 @@ class Verbs {
     const Kept kept = inputs(in, x, h, c, weights, batch_sizes);
     const Index L = in.shape.layers(), D = in.shape.directions;
     const Index R = in.shape.output_size();
+    const py::object narrow = example(x, in, in.dtype), wide = example(x, in, in.wide());
     View y_at, h_at, c_at;
-    const py::object y = empty(x, with_last_axis(in.x, D * R), y_at);
-    const py::object last_h = empty(x, {L, in.B, R}, h_at);
-    const py::object last_c =
-        has_cell_state(cell_) ? empty(x, {L, in.B, in.shape.hidden_size}, c_at) : py::none();
+    const py::object y = empty(narrow, with_last_axis(in.x, D * R), y_at);
+    py::object last_h = empty(wide, {L, in.B, R}, h_at);
+    py::object last_c =
+        has_cell_state(cell_) ? empty(wide, {L, in.B, in.shape.hidden_size}, c_at) : py::none();
     py::object tape = py::none();
-    const auto run = [&](auto zero) {
-      using S = decltype(zero);
+    in.by_type([&](auto type) {
+      using E = decltype(type);
+      using S = Arithmetic<E>;
       S* kept_at = nullptr;
-      if (keep) tape = new_tape<S>(x, fastbptt::tape_size(in.shape, in.batch()), kept_at);
-      const Forward<S> call{in.T,
-                            sequence<const S>(in, in.x),
+      if (keep) tape = new_tape<S>(wide, in.tape_size(), kept_at);
+      const Forward<E> call{in.T,
+                            sequence<const E>(in, in.x),
                             {in.h.at<const S>(), in.c.at<const S>()},
-                            sequence<S>(in, y_at),
+                            sequence<E>(in, y_at),
                             {h_at.at<S>(), c_at.at<S>()}};
-      in_session<S>(in, threads, [&](Session<S>& session, Interrupt interrupt) {
+      in_session<E>(in, threads, [&](Session<E>& session, Interrupt interrupt) {
         // Without tape record and advance are the same for a cell that needs none.
         kept_at ? session.record(call, kept_at, interrupt) : session.advance(call, interrupt);
       });
-    };
-    in.dtype == Dtype::float64 ? run(0.0) : run(0.0f);
+    });
+    last_h = cast(std::move(last_h), in.wide(), in.dtype);
+    // Under autocast the projected LSTM of torch rounds h alone.
+    const Dtype of_c = projected_ ? in.given[in.c ? 2 : 0] : in.dtype;
+    if (has_cell_state(cell_)) last_c = cast(std::move(last_c), in.wide(), of_c);
     return py::make_tuple(y, last_h, last_c, tape);
   }
 
@@ -128,29 +163,31 @@ class Verbs {
     const auto need = [&](std::size_t i) { return needed[i].cast<bool>(); };
 
     const View y_shape = with_last_axis(in.x, D * R);
-    const View y_at = given("y", y, in, y_shape, rows, kept);
-    const View grad_y_at = given("grad_y", grad_y, in, y_shape, rows, kept);
+    const Dtype wide = in.wide();
+    const View y_at = given("y", y, in, in.dtype, y_shape, rows, kept);
+    const View grad_y_at = given("grad_y", grad_y, in, wide, y_shape, rows, kept);
     const View h_shape = of_shape({L, in.B, R}), c_shape = of_shape({L, in.B, H});
-    const View grad_h_at = given("grad_h", grad_last_h, in, h_shape, whole, kept);
-    const View grad_c_at = given("grad_c", grad_last_c, in, c_shape, whole, kept);
-    const Index tape_size = fastbptt::tape_size(in.shape, in.batch());
+    const View grad_h_at = given("grad_h", grad_last_h, in, wide, h_shape, whole, kept);
+    const View grad_c_at = given("grad_c", grad_last_c, in, wide, c_shape, whole, kept);
+    const Index tape_size = in.tape_size();
     const View tape_at =
-        tape_size > 0 ? given("tape", tape, in, of_shape({tape_size}), whole, kept) : View();
+        tape_size > 0 ? given("tape", tape, in, wide, of_shape({tape_size}), whole, kept) : View();
     if (!y_at || (tape_size > 0 && !tape_at)) {
       throw std::runtime_error("y, tape: got None, wanted those of forward");
     }
 
     py::tuple results(count);
-    const auto make = [&](std::size_t i, py::handle like, const View& shape) {
+    const py::object like = example(x, in, wide);
+    const auto make = [&](std::size_t i, const View& shape) {
       View at;
       results[i] = empty(like, shape, at);
       return at;
     };
     for (std::size_t i = 0; i < count; ++i) results[i] = py::none();
-    const View to_x = need(0) ? make(0, x, in.x) : View();
+    const View to_x = need(0) ? make(0, in.x) : View();
     const bool need_state = (in.h && need(1)) || (in.c && need(2));
-    const View to_h = need_state ? make(1, x, h_shape) : View();
-    const View to_c = need_state && in.c ? make(2, x, c_shape) : View();
+    const View to_h = need_state ? make(1, h_shape) : View();
+    const View to_c = need_state && in.c ? make(2, c_shape) : View();
     std::vector<View> to_weights(in.weights.size());
     const Index a_layer = static_cast<Index>(members_.size());
     const auto frozen = std::make_unique<bool[]>(L);
@@ -161,21 +198,22 @@ class Verbs {
       for (Index i = k * a_layer; i < (k + 1) * a_layer; ++i) {
         const View& weight = in.weights[i];
         const bool wanted = weight.axes == 2 ? !frozen[k] : need(3 + i);
-        if (wanted) to_weights[i] = make(3 + i, x, weight);
+        if (wanted) to_weights[i] = make(3 + i, weight);
       }
     }
 
-    const auto run = [&](auto zero) {
-      using S = decltype(zero);
+    in.by_type([&](auto type) {
+      using E = decltype(type);
+      using S = Arithmetic<E>;
       const std::vector<Weights<S>> to = layers<S>(to_weights);
       State<S> grad_initial{to_h.at<S>(), to_c.at<S>()};
       const Index size = L * in.B * H;
       const Buffer<S> unwanted(grad_initial.h ? 0 : 2 * size);
       if (!grad_initial.h) grad_initial = {unwanted.data(), unwanted.data() + size};
-      const Forward<S> call{in.T,
-                            sequence<const S>(in, in.x),
+      const Forward<E> call{in.T,
+                            sequence<const E>(in, in.x),
                             {in.h.at<const S>(), in.c.at<const S>()},
-                            sequence<S>(in, y_at),
+                            sequence<E>(in, y_at),
                             {}};
       const Reverse<S> grad{tape_at.at<const S>(),
                             sequence<const S>(in, grad_y_at),
@@ -183,12 +221,14 @@ class Verbs {
                             sequence<S>(in, to_x),
                             grad_initial,
                             frozen.get()};
-      in_session<S>(in, threads, [&](Session<S>& session, Interrupt interrupt) {
+      in_session<E>(in, threads, [&](Session<E>& session, Interrupt interrupt) {
         session.reverse(call, grad, interrupt);
         session.finish(to.data());
       });
-    };
-    in.dtype == Dtype::float64 ? run(0.0) : run(0.0f);
+    });
+    for (std::size_t i = 0; i < count; ++i) {
+      if (!results[i].is_none()) results[i] = cast(results[i], wide, in.given[i]);
+    }
     return results;
   }
 
@@ -214,6 +254,14 @@ class Verbs {
     return view;
   }
 
+  // Whether a tensor that is given may have this dtype.
+  bool takes(const Inputs& in, Dtype found) const {
+    return autocast_ == Dtype::other ? found == in.dtype : is_float32_or_bfloat16(found);
+  }
+  std::string wanted(const Inputs& in) const {
+    return autocast_ == Dtype::other ? name_of(in.dtype) : "float32 or bfloat16";
+  }
+
   // Reads all tensors, changes none, and says what is wrong with them.
   std::string read(Inputs& in, py::handle x, py::handle h, py::handle c, const py::tuple& weights,
                    py::handle batch_sizes) const {
@@ -221,9 +269,11 @@ class Verbs {
     if (!tensors_.read(x, in.x)) {
       return "x: wanted a tensor on the CPU, of up to 3 axes, with something in it";
     }
-    in.dtype = in.x.dtype;
-    if (in.dtype != Dtype::float32 && in.dtype != Dtype::float64) {
-      return std::string("x: got ") + name_of(in.dtype) + ", wanted float32 or float64";
+    in.dtype = autocast_ == Dtype::other ? in.x.dtype : autocast_;
+    if (!takes(in, in.x.dtype) ||
+        !(in.dtype == Dtype::float64 || is_float32_or_bfloat16(in.dtype))) {
+      return std::string("x: got ") + name_of(in.x.dtype) + ", wanted " +
+             (autocast_ == Dtype::other ? "float32, float64 or bfloat16" : wanted(in));
     }
     if (in.x.axes != (in.packed ? 2 : 3)) {
       return "x: got " + in.x.text() + ", wanted (T, B, I), of a packed sequence (rows, I)";
@@ -258,9 +308,9 @@ class Verbs {
       if (!tensors_.read(weights[i], weight)) {
         return "weights[" + std::to_string(i) + "]: wanted a tensor on the CPU";
       }
-      if (weight.dtype != in.dtype) {
+      if (!takes(in, weight.dtype)) {
         return "weights[" + std::to_string(i) + "]: got " + name_of(weight.dtype) + ", wanted " +
-               name_of(in.dtype);
+               wanted(in);
       }
     }
     const View &w_hh = in.weights[1], &last = in.weights[a_layer - 1];
@@ -274,6 +324,8 @@ class Verbs {
     }
     in.shape =
         shape(in.x.shape[in.x.axes - 1], H, count / a_layer / directions_, projected_ ? R : 0);
+    in.shape.options.narrow_tape = in.dtype == Dtype::bfloat16;
+    if (autocast_ != Dtype::other) in.shape.precision = MatmulPrecision::medium;
     for (Index i = 0; i < count; ++i) {
       const auto [n, columns] = weight_shape(in.shape.layer(i / a_layer), members_[i % a_layer]);
       const View& weight = in.weights[i];
@@ -313,9 +365,9 @@ class Verbs {
 
   std::string read_state(const char* name, py::handle state, const Inputs& in,
                          std::initializer_list<Index> shape, View& view) const {
-    if (tensors_.read(state, view) && view.dtype == in.dtype && view.has_shape(shape)) return "";
+    if (tensors_.read(state, view) && takes(in, view.dtype) && view.has_shape(shape)) return "";
     return std::string(name) + ": got " + (view ? view.text() : "no tensor on the CPU") +
-           ", wanted " + name_of(in.dtype) + " " + shape_text(shape);
+           ", wanted " + wanted(in) + " " + shape_text(shape);
   }
 
   // Reads all tensors, and makes copies of those that lie otherwise than the core takes them.
@@ -324,53 +376,78 @@ class Verbs {
     const py::tuple all(weights);
     const std::string text = read(in, x, h, c, all, batch_sizes);
     if (!text.empty()) throw std::runtime_error(text);
+    in.given = {in.x.dtype, in.h ? in.h.dtype : in.wide(), in.c ? in.c.dtype : in.wide()};
+    for (const View& weight : in.weights) in.given.push_back(weight.dtype);
     Kept kept;
-    settle(x, in.x, rows, kept);
-    if (in.h) settle(h, in.h, whole, kept);
-    if (in.c) settle(c, in.c, whole, kept);
+    settle(x, in.x, rows, in.dtype, kept);
+    // h is rounded to what bfloat16 has, as the core rounds it from then on.
+    if (in.h) {
+      const py::object rounded = settle(h, in.h, whole, in.dtype, kept);
+      if (in.wide() != in.dtype) settle(rounded, in.h, whole, in.wide(), kept);
+    }
+    if (in.c) settle(c, in.c, whole, in.wide(), kept);
     for (std::size_t i = 0; i < in.weights.size(); ++i) {
-      settle(all[i], in.weights[i], whole, kept);
+      settle(all[i], in.weights[i], whole, in.dtype, kept);
     }
     return kept;
   }
 
   // A tensor that came back from autograd or from the caller's hooks; None has no data.
-  View given(const char* name, py::handle tensor, const Inputs& in, const View& shape, Order order,
-             Kept& kept) const {
+  View given(const char* name, py::handle tensor, const Inputs& in, Dtype dtype, const View& shape,
+             Order order, Kept& kept) const {
     View view;
     if (tensor.is_none()) return view;
     if (!tensors_.read(tensor, view)) {
       throw std::runtime_error(std::string(name) + ": wanted a tensor with memory on the CPU");
     }
-    const bool fits = view.dtype == in.dtype && view.axes == shape.axes &&
+    // Torch gives gradients of results in the results' dtype.
+    const bool narrow = dtype != in.dtype && view.dtype == in.dtype;
+    const bool fits = (view.dtype == dtype || narrow) && view.axes == shape.axes &&
                       std::equal(view.shape, view.shape + view.axes, shape.shape);
     if (!fits) {
       View wanted = shape;
-      wanted.dtype = in.dtype;
+      wanted.dtype = dtype;
       throw std::runtime_error(std::string(name) + ": got " + view.text() + ", wanted " +
                                wanted.text());
     }
-    settle(tensor, view, order, kept);
+    settle(tensor, view, order, dtype, kept);
     return view;
   }
 
-  void settle(py::handle tensor, View& view, Order order, Kept& kept) const {
+  // Returns the tensor if it lies as the core takes it and is of this dtype, or else a copy that
+  // is.
+  py::object settle(py::handle tensor, View& view, Order order, Dtype dtype, Kept& kept) const {
     static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
     const auto negated = py::reinterpret_steal<py::object>(
         PyObject_CallMethodNoArgs(tensor.ptr(), is_neg));  // whose signs are only to be read so
     if (!negated) throw py::error_already_set();
-    const bool dense = view.is_dense(order == whole ? view.axes : 1);
-    if (negated.ptr() != Py_True && dense) return;
-    py::object copy = negated.ptr() == Py_True ? tensor.attr("resolve_neg")()
-                                               : py::reinterpret_borrow<py::object>(tensor);
-    if (!dense) copy = copy.attr("contiguous")();
     const View before = view;
-    if (!tensors_.read(copy, view) || view.axes != before.axes || view.dtype != before.dtype ||
-        !std::equal(view.shape, view.shape + view.axes, before.shape) ||
-        !view.is_dense(order == whole ? view.axes : 1)) {
+    const auto is_settled = [&] {
+      return view.dtype == dtype && view.is_dense(order == whole ? view.axes : 1);
+    };
+    auto copy = py::reinterpret_borrow<py::object>(tensor);
+    if (negated.ptr() != Py_True && is_settled()) return copy;
+    if (negated.ptr() == Py_True) copy = tensor.attr("resolve_neg")();
+    copy = cast(std::move(copy), before.dtype, dtype);
+    if (!tensors_.read(copy, view) || !is_settled()) copy = copy.attr("contiguous")();
+    if (!tensors_.read(copy, view) || view.axes != before.axes || !is_settled() ||
+        !std::equal(view.shape, view.shape + view.axes, before.shape)) {
       throw std::runtime_error("a tensor has no dense copy");
     }
-    kept.push_back(std::move(copy));
+    kept.push_back(copy);
+    return copy;
+  }
+
+  // The same values in another dtype, rounded to nearest.
+  static py::object cast(py::object tensor, Dtype from, Dtype to) {
+    if (from == to) return tensor;
+    return tensor.attr(to == Dtype::bfloat16 ? "bfloat16" : "float")();
+  }
+
+  // A tensor of this dtype, to make others like it.
+  static py::object example(py::handle x, const Inputs& in, Dtype dtype) {
+    if (in.given[0] == dtype) return py::reinterpret_borrow<py::object>(x);
+    return cast(x.attr("new_empty")(0), in.given[0], dtype);
   }
 
   // A new dense tensor, not initialised, of the dtype of another.
@@ -413,12 +490,12 @@ class Verbs {
     return {view.at<S>(), view.strides[batch_first_ ? 1 : 0], view.strides[batch_first_ ? 0 : 1]};
   }
 
-  template <class S, class F>
+  template <class E, class F>
   void in_session(const Inputs& in, int threads, F&& work) const {
-    const std::vector<Weights<const S>> own = layers<const S>(in.weights);
+    const std::vector<Weights<const E>> own = layers<const E>(in.weights);
     without_gil([&](Interrupt interrupt) {
       const ThreadLimit limit(threads);
-      Session<S> session(in.shape, own.data(), in.batch());
+      Session<E> session(in.shape, own.data(), in.batch());
       work(session, interrupt);
     });
   }
@@ -439,17 +516,18 @@ class Verbs {
   bool batch_first_;
   Index directions_;
   bool projected_;
-  std::vector<int> members_;  // what a layer and direction has, of weight_member
+  Dtype autocast_ = Dtype::other;  // none
+  std::vector<int> members_;       // what a layer and direction has, of weight_member
 };
 
 }  // namespace
 
 void bind_tensors(py::module_& m) {
   py::class_<Verbs>(m, "Verbs")
-      .def(
-          py::init<const py::type&, const py::type&, const std::string&, bool, bool, Index, bool>(),
-          py::arg("tensor"), py::arg("parameter"), py::arg("cell"), py::arg("bias"),
-          py::arg("batch_first"), py::arg("directions"), py::arg("projected"))
+      .def(py::init<const py::type&, const py::type&, const std::string&, bool, bool, Index, bool,
+                    const std::string&>(),
+           py::arg("tensor"), py::arg("parameter"), py::arg("cell"), py::arg("bias"),
+           py::arg("batch_first"), py::arg("directions"), py::arg("projected"), py::arg("autocast"))
       .def("problem", &Verbs::problem, py::arg("x"), py::arg("h"), py::arg("c"), py::arg("weights"),
            py::arg("batch_sizes"))
       .def("can_read", &Verbs::can_read, py::arg("gradients"))

@@ -21,7 +21,7 @@ struct Version {
 };
 
 struct DataType {
-  std::uint8_t code;  // 0 integers, 2 floats
+  std::uint8_t code;  // 0 integers, 2 floats, 4 bfloat16
   std::uint8_t bits;
   std::uint16_t lanes;
 };
@@ -57,7 +57,7 @@ struct Exchange {
 
 }  // namespace dlpack
 
-enum class Dtype { float32, float64, int64, other };
+enum class Dtype { float32, float64, bfloat16, int64, other };
 
 inline const char* name_of(Dtype dtype) {
   switch (dtype) {
@@ -65,6 +65,8 @@ inline const char* name_of(Dtype dtype) {
       return "float32";
     case Dtype::float64:
       return "float64";
+    case Dtype::bfloat16:
+      return "bfloat16";
     case Dtype::int64:
       return "int64";
     default:
@@ -175,6 +177,7 @@ class Tensors {
     if (found.lanes != 1) return Dtype::other;
     if (found.code == 2 && found.bits == 32) return Dtype::float32;
     if (found.code == 2 && found.bits == 64) return Dtype::float64;
+    if (found.code == 4 && found.bits == 16) return Dtype::bfloat16;
     return found.code == 0 && found.bits == 64 ? Dtype::int64 : Dtype::other;
   }
 

@@ -142,6 +142,8 @@ class Verbs:
 
     `tensor` is its class, `parameter` one derived from it whose objects are as plain. Tensors have
     torch's shapes; nothing is kept from call to call. What it cannot take is a `RuntimeError`.
+    `autocast` is the dtype of h from step to step where x, state and weights may be float32 and
+    bfloat16 side by side, or empty: then all are of one dtype.
     """
 
     def __init__(
@@ -153,6 +155,7 @@ class Verbs:
         batch_first: bool,
         directions: int,
         projected: bool,
+        autocast: str,
     ) -> None: ...
     def problem(self, x: Any, h: Any, c: Any, weights: Sequence[Any], batch_sizes: Any) -> str:
         """Return what the core cannot take of these tensors, or an empty string."""

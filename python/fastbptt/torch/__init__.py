@@ -2,8 +2,8 @@
 
 Each class here is a subclass of the one of the same name in `torch.nn`: signature, parameters,
 `state_dict`, initialisation, text and errors are that class's own; only the arithmetic is done
-elsewhere. What the kernels do not take goes to the original `forward`: another device or dtype,
-autocast, `torch.func` transforms.
+elsewhere, in float32, float64, bfloat16, and under autocast to bfloat16. What the kernels do not
+take goes to the original `forward`: another device or dtype, `torch.func` transforms.
 
 Importing `fastbptt` does not import torch; importing this module does.
 

@@ -44,7 +44,7 @@ def accelerate(model: torch.nn.Module) -> Accelerated:
     Parameters
     ----------
     model : torch.nn.Module
-        On the CPU, in float32 or float64; parts that are not are left alone.
+        On the CPU, in float32, float64 or bfloat16; parts that are not are left alone.
 
     Returns
     -------
@@ -61,9 +61,9 @@ def accelerate(model: torch.nn.Module) -> Accelerated:
     --------
     >>> import torch
     >>> import fastbptt.torch
-    >>> model = torch.nn.Sequential(torch.nn.GRUCell(3, 4), torch.nn.LSTM(4, 5).bfloat16())
+    >>> model = torch.nn.Sequential(torch.nn.GRUCell(3, 4), torch.nn.LSTM(4, 5).half())
     >>> fastbptt.torch.accelerate(model)
-    Accelerated(swapped=['0'], left_alone={'1': 'weight_ih_l0 is torch.bfloat16'})
+    Accelerated(swapped=['0'], left_alone={'1': 'weight_ih_l0 is torch.float16'})
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, wanted a torch.nn.Module")
@@ -96,6 +96,6 @@ def _reason_against(module: torch.nn.Module) -> str:
     for name, parameter in module.named_parameters():
         if parameter.device.type != "cpu":
             return f"{name} is on device {parameter.device}"
-        if parameter.dtype not in (torch.float32, torch.float64):
+        if parameter.dtype not in (torch.float32, torch.float64, torch.bfloat16):
             return f"{name} is {parameter.dtype}"
     return ""

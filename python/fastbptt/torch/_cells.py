@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.rnn import RNNCellBase
 
-from fastbptt.torch._eligible import eligible, split_state
+from fastbptt.torch._eligible import eligible, split_state, under_autocast
 from fastbptt.torch._ops import recurrent
 from fastbptt.torch._verbs import Run
 
@@ -53,7 +53,7 @@ class _Cell(RNNCellBase):
         weights: list[Any] = [self.weight_ih, self.weight_hh]
         if self.bias:
             weights += [self.bias_ih, self.bias_hh]
-        run = Run(cell, self.bias)
+        run = under_autocast(Run(cell, self.bias), x, h)
         if not eligible(run, x, h, c, weights):
             return None
         _, h, c = recurrent(run, x, h, c, weights)

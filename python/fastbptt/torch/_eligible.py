@@ -12,6 +12,21 @@ from torch.autograd import forward_ad
 from fastbptt.torch._ops import is_traced
 from fastbptt.torch._verbs import Run, sizes, verbs
 
+MIXED = torch.float32, torch.bfloat16  # what autocast puts beside each other
+
+
+def under_autocast(run: Run, x: Tensor, h: Tensor | None, rounds_h: bool = False) -> Run:
+    """Return the run as torch's autocast to bfloat16 would have it, where that is on.
+
+    The RNN, the projection and oneDNN's LSTM (`rounds_h`) give h in bfloat16; elsewhere h has the
+    dtype of the state before it.
+    """
+    if not torch.is_autocast_enabled("cpu") or torch.get_autocast_dtype("cpu") != torch.bfloat16:
+        return run
+    rounds_h = rounds_h or run.projected or run.cell.startswith("rnn")
+    wide = not rounds_h and (x if h is None else h).dtype == torch.float32
+    return run._replace(autocast="float32" if wide else "bfloat16")
+
 
 def eligible(
     run: Run,
@@ -25,7 +40,7 @@ def eligible(
 
     What it does not take goes to the original class, which runs it or raises its own error.
     """
-    if torch.is_autocast_enabled("cpu"):
+    if torch.is_autocast_enabled("cpu") and not run.autocast:
         return False
     # torch.func, forward mode and torch.jit see through the original alone.
     if not torch.compiler.is_compiling() and (
@@ -43,12 +58,13 @@ def _looks_right(
     run: Run, x: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Any]
 ) -> bool:
     """Whether the core would take tensors whose memory is elsewhere, and sizes maybe symbols."""
-    if x.dtype not in (torch.float32, torch.float64) or x.dim() != 3 or x.numel() == 0:
+    taken = MIXED if run.autocast else (x.dtype,)
+    if x.dtype not in (*MIXED, torch.float64) or x.dim() != 3 or x.numel() == 0:
         return False
     for tensor in (x, *weights, *(state for state in (h, c) if state is not None)):
         if not (
             isinstance(tensor, Tensor)
-            and tensor.dtype == x.dtype
+            and tensor.dtype in taken
             and tensor.is_cpu
             and tensor.layout is torch.strided
         ):

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fastbptt.torch._dropout import with_dropout
-from fastbptt.torch._eligible import eligible, split_state
+from fastbptt.torch._eligible import eligible, split_state, under_autocast
 from fastbptt.torch._ops import recurrent
 from fastbptt.torch._unseen import unseen
 from fastbptt.torch._verbs import Run
@@ -113,6 +113,7 @@ class _Layers(torch.nn.RNNBase):
         batch_first = self.batch_first and batch_sizes is None
         projected = self.proj_size > 0
         run = Run(_CELLS[self.mode], self.bias, batch_first, directions, projected)
+        run = under_autocast(run, x, h, rounds_h=self.mode == "LSTM" and batch_sizes is None)
         if not eligible(run, x, h, c, weights, batch_sizes):
             return None
         dropout = self.dropout if self.training and self.num_layers > 1 else 0.0

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastbptt.torch._steps import differentiable_gradients
-from fastbptt.torch._verbs import Run, tape_size, verbs
+from fastbptt.torch._verbs import Run, tape_dtype, tape_size, verbs
 
 
 def recurrent(
@@ -102,6 +102,10 @@ class _Recurrent(torch.autograd.Function):
         )
 
 
+def _or_empty(last_c: Tensor | None, run: Run, x: Tensor, c: Tensor | None) -> Tensor:
+    return x.new_empty(0, dtype=run.dtype_of_c(x, c)) if last_c is None else last_c
+
+
 @torch.library.custom_op("fastbptt::advance", mutates_args=(), device_types="cpu")
 def advance(
     x: Tensor,
@@ -113,11 +117,12 @@ def advance(
     batch_first: bool,
     directions: int,
     projected: bool,
+    autocast: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y and the last h and c; of other cells than the LSTM, c is empty."""
-    run = Run(cell, bias, batch_first, directions, projected)
+    run = Run(cell, bias, batch_first, directions, projected, autocast)
     y, last_h, last_c, _ = _forward(run, x, h, c, weights, None, keep=False)
-    return y, last_h, x.new_empty(0) if last_c is None else last_c
+    return y, last_h, _or_empty(last_c, run, x, c)
 
 
 @torch.library.custom_op("fastbptt::record", mutates_args=(), device_types="cpu")
@@ -131,12 +136,13 @@ def record(
     batch_first: bool,
     directions: int,
     projected: bool,
+    autocast: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return what `advance` does, and the tape."""
-    run = Run(cell, bias, batch_first, directions, projected)
+    run = Run(cell, bias, batch_first, directions, projected, autocast)
     y, last_h, last_c, tape = _forward(run, x, h, c, weights, None, keep=True)
     assert tape is not None
-    return y, last_h, x.new_empty(0) if last_c is None else last_c, tape
+    return y, last_h, _or_empty(last_c, run, x, c), tape
 
 
 @torch.library.custom_op("fastbptt::reverse", mutates_args=(), device_types="cpu")
@@ -155,12 +161,13 @@ def reverse(
     batch_first: bool,
     directions: int,
     projected: bool,
+    autocast: str,
     need_x: bool,
     need_state: bool,
     need_weights: Sequence[bool],
 ) -> list[Tensor]:
     """Return the gradients of x, h, c and the weights; empty ones where not needed."""
-    run = Run(cell, bias, batch_first, directions, projected)
+    run = Run(cell, bias, batch_first, directions, projected, autocast)
     needed = need_x, need_state, need_state, *need_weights
     threads = torch.get_num_threads()
     found = verbs(run).backward(
@@ -168,9 +175,13 @@ def reverse(
     )
     wanted = _wanted(h, c, need_x, need_state, need_weights)
     return [
-        grad if grad is not None and need else x.new_empty(0)
-        for grad, need in zip(found, wanted, strict=True)
+        grad if grad is not None and need else _no_gradient(x, tensor)
+        for grad, need, tensor in zip(found, wanted, (x, h, c, *weights), strict=True)
     ]
+
+
+def _no_gradient(x: Tensor, tensor: Tensor | None) -> Tensor:
+    return (x if tensor is None else tensor).new_empty(0)
 
 
 def _wanted(
@@ -190,12 +201,16 @@ def _(
     batch_first: bool,
     directions: int,
     projected: bool,
+    autocast: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    run = Run(cell, bias, batch_first, directions, projected)
+    run = Run(cell, bias, batch_first, directions, projected, autocast)
     L, B, R = run.layers(weights), x.shape[0 if batch_first else 1], weights[1].shape[1]
-    y = x.new_empty((*x.shape[:-1], directions * R))
-    last_c = x.new_empty((L, B, run.hidden_size(weights)) if cell == "lstm" else 0)
-    return y, x.new_empty((L, B, R)), last_c
+    of_c = (L, B, run.hidden_size(weights)) if cell == "lstm" else 0
+    return (
+        x.new_empty((*x.shape[:-1], directions * R), dtype=run.dtype(x)),
+        x.new_empty((L, B, R), dtype=run.dtype(x)),
+        x.new_empty(of_c, dtype=run.dtype_of_c(x, c)),
+    )
 
 
 @record.register_fake
@@ -209,10 +224,12 @@ def _(
     batch_first: bool,
     directions: int,
     projected: bool,
+    autocast: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    run = Run(cell, bias, batch_first, directions, projected)
+    run = Run(cell, bias, batch_first, directions, projected, autocast)
     y, last_h, last_c = advance(x, h, c, weights, *run)
-    return y, last_h, last_c, x.new_empty(tape_size(run, x, weights))
+    tape = x.new_empty(tape_size(run, x, weights), dtype=tape_dtype(run, x))
+    return y, last_h, last_c, tape
 
 
 @reverse.register_fake
@@ -231,13 +248,14 @@ def _(
     batch_first: bool,
     directions: int,
     projected: bool,
+    autocast: str,
     need_x: bool,
     need_state: bool,
     need_weights: Sequence[bool],
 ) -> list[Tensor]:
     wanted = _wanted(h, c, need_x, need_state, need_weights)
     return [
-        x.new_empty(tensor.shape if tensor is not None and need else 0)
+        tensor.new_empty(tensor.shape) if tensor is not None and need else _no_gradient(x, tensor)
         for tensor, need in zip((x, h, c, *weights), wanted, strict=True)
     ]
 

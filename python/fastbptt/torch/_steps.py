@@ -21,12 +21,15 @@ def differentiable_gradients(
 ) -> list[Tensor | None]:
     """Return the gradients of x, h, c and the weights as functions of them and of `grads`.
 
-    Slow: one torch operation after the other, for what the core cannot do.
+    Slow: one torch operation after the other, for what the core cannot do. What is bfloat16 is
+    widened to float32 for it, and h is not rounded from step to step.
     """
-    with torch.enable_grad():  # which is off where nobody differentiates again
+    # With grad, which is off where nobody differentiates again.
+    with torch.enable_grad(), torch.autocast("cpu", enabled=False):
         # Views of their own, or an input that was made from another would have its gradient twice.
         views: list[Any] = [None if t is None else t.view_as(t) for t in inputs]
-        results: tuple[Any, ...] = _forward(run, batch_sizes, *views)
+        wide = [t if t is None or t.dtype == torch.float64 else t.float() for t in views]
+        results: tuple[Any, ...] = _forward(run, batch_sizes, *wide)
     used = [(result, grad) for result, grad in zip(results, grads, strict=True) if grad is not None]
     wanted = [view for view, need in zip(views, needed, strict=True) if need]
     if not used:
@@ -35,7 +38,7 @@ def differentiable_gradients(
         torch.autograd.grad(
             [result for result, _ in used],
             wanted,
-            [grad for _, grad in used],
+            [grad.to(result.dtype) for result, grad in used],
             create_graph=torch.is_grad_enabled(),
             allow_unused=True,
         )
