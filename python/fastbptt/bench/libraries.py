@@ -20,13 +20,16 @@ _STEPS = {
 }
 LIBRARIES = tuple(_STEPS)
 # The same steps at other precisions than float32's own, as "library:precision": of the matrix
-# products alone, in all that a library does, or where torch's autocast has it.
+# products alone, in all that a library does, or where torch's autocast has it; accelerated: by
+# `fastbptt.torch`.
 PRECISIONS = (
     "fastbptt:high",
     "fastbptt:medium",
     "torch:medium",
     "torch:bfloat16",
     "torch:autocast",
+    "torch:accelerated-bfloat16",
+    "torch:accelerated-autocast",
 )
 # In norm, relative to the result in float64.
 TOLERANCES = {"float32": 1e-3, "float64": 1e-8}

@@ -13,14 +13,17 @@ class TorchStep:
     """`torch.nn.RNN`, `LSTM` or `GRU`, and `torch.autograd.grad`.
 
     As `precision`, "medium" is that of `torch.set_float32_matmul_precision`; in "bfloat16" are
-    weights, input and results; with "autocast" what autocast puts into it.
+    weights, input and results; with "autocast" what autocast puts into it. "accelerated-" before
+    one of them: in the layer of `fastbptt.torch`.
     """
 
     def __init__(self, problem: Problem, dtype: str, threads: int, precision: str = "") -> None:
         torch: Any = importlib.import_module("torch")
         torch.set_num_threads(threads)
         options = {"nonlinearity": problem.nonlinearity} if problem.nonlinearity else {}
-        kind = getattr(torch.nn, problem.kind.upper())
+        accelerated, _, precision = precision.rpartition("-")
+        classes = importlib.import_module("fastbptt.torch") if accelerated else torch.nn
+        kind = getattr(classes, problem.kind.upper())
         inner = getattr(torch, "bfloat16" if precision == "bfloat16" else dtype)
         self.layer = kind(problem.I, problem.H, dtype=inner, **options)
         weights = make_layer(problem, dtype).weights
