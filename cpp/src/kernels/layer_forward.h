@@ -107,16 +107,15 @@ class ForwardLayer {
   // next panel is fetched ahead, in order.
   bool goes_back(Index t) const { return t % 2 == 1 && job_.batch <= few_rows; }
 
-  // The product of a single tile of rows is as fast as its panel is read, and a cell is a chain of
-  // operations that wait for each other. In turn each would hold up the next: so all panels are
-  // multiplied first, and then the cells run, where one fills the gaps of another.
-  bool cells_wait() const {
-    return normalised || (ahead_ && job_.packed && !parts_.used() && job_.batch <= few_rows);
+  // Whether a step goes through `multiply_tile` and then the cells.
+  bool single_tile() const {
+    return ahead_ && job_.packed && !normalised && !parts_.used() && job_.batch <= few_rows;
   }
 
   void run() {
     const Team& team = job_.team;
     const Index begin = team.begin(panels_.count()), end = team.end(panels_.count());
+    const bool single = single_tile();
     parts_.begin();
     for (Index j = begin; ahead_ && j < end; ++j) {
       job_.packed ? multiply_x_ahead(j) : multiply_x_directly(j);
@@ -139,16 +138,16 @@ class ForwardLayer {
         const Index j = goes_back(t) ? begin + end - 1 - i : i;
         if (parts_.used()) {
           step_panel_in_parts(t, j);
+        } else if (single) {
+          multiply_tile(t, j);
         } else if (job_.packed) {
           step_panel(t, j);
         } else {
           step_panel_directly(t, j);
         }
       }
-      if (!normalised && cells_wait()) {
-        for (Index j = begin; j < end; ++j) {
-          for (Index b = 0; b < job_.batch; ++b) finish(t, j, b, ahead(j, t * job_.batch + b));
-        }
+      for (Index j = begin; single && j < end; ++j) {
+        for (Index b = 0; b < job_.batch; ++b) finish(t, j, b, ahead(j, t * job_.batch + b));
       }
       team.wait();
       if constexpr (normalised) {
@@ -219,6 +218,21 @@ class ForwardLayer {
     }
   }
 
+  // The product of h' where all rows are a single tile. It is as fast as its panel is read, and a
+  // cell is a chain of operations that wait for each other: in turn each would hold up the next.
+  // So all panels are multiplied first, and then the cells run, one in the gaps of another.
+  void multiply_tile(Index t, Index j) {
+    RowsProduct<S> product{ahead(j, t * job_.batch) + Cell::h_first * p,
+                           width,
+                           {},
+                           0,
+                           1,
+                           panels_.R,
+                           panels_.h(job_.packed, j)};
+    for (Index r = 0; r < job_.batch; ++r) product.a[r] = h_.at(0, r);
+    multiply_rows(job_.batch, panels_.packets(j, h_range<Cell>), true, product);
+  }
+
   void step_panel(Index t, Index j) {
     const Index B = job_.batch, I = panels_.I, K_h = panels_.R;
     const Index packets_of_tile = Cell::x_count;  // of x and h: the larger
@@ -261,7 +275,7 @@ class ForwardLayer {
       for (Index r = row; !normalised && r < row + R; ++r) fetch_tape(t, j, r);
       if (whole && !ahead_) pass(R, row, x, x_range<Cell>, 0, I, x_panel);
       pass(R, row, h_, h_range<Cell>, begin, K_h, h_panel + begin * h_step);
-      for (Index r = row; !cells_wait() && r < row + R; ++r) finish(t, j, r, sums + r * width);
+      for (Index r = row; !normalised && r < row + R; ++r) finish(t, j, r, sums + r * width);
     });
   }
 
