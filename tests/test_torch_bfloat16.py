@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pack_padded_sequence  # noqa: E402
 
 import fastbptt as fb  # noqa: E402
 import fastbptt.torch as ft  # noqa: E402
-from fastbptt.torch import _cells, _layers, _ops, _verbs  # noqa: E402
+from fastbptt.torch import _ops, _verbs  # noqa: E402
 from test_torch_modules import (  # noqa: E402
     CELLS,
     LAYERS,
@@ -25,6 +25,7 @@ from test_torch_modules import (  # noqa: E402
     Net,
     flat,
     outputs_and_gradients,
+    outputs_of,
     pair,
     states_of,
     weights_of,
@@ -38,19 +39,6 @@ UNIT = 2.0**-8
 ROUGH = 8 * UNIT
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning")
-
-
-@pytest.fixture
-def on_the_core(monkeypatch):
-    """Whatever runs, runs on the core."""
-
-    def required(*arguments):
-        assert eligible(*arguments)
-        return True
-
-    eligible = _layers.eligible
-    monkeypatch.setattr(_layers, "eligible", required)
-    monkeypatch.setattr(_cells, "eligible", required)
 
 
 def near(actual, expected, allowed=ROUGH):
@@ -73,8 +61,7 @@ def exact(module, x, state, pack=None, dtype=BF16):
     module = copy.deepcopy(module).double()
     x = x.double().requires_grad_()
     state = [part.double().requires_grad_() for part in state]
-    hx = [] if not state else [tuple(state) if len(state) == 2 else state[0]]
-    outputs = flat(module(pack(x) if pack else x, *hx))
+    outputs = outputs_of(module, x, state, pack)
     inputs = [x, *state, *module.parameters()]
     return [*outputs, *torch.autograd.grad(function_of(outputs, dtype), inputs)]
 
@@ -307,9 +294,8 @@ def in_autocast(module, x, state, pack=None):
     """Outputs inside, gradients of a random function of them outside, as training does."""
     x = x.detach().requires_grad_()
     state = [part.detach().requires_grad_() for part in state]
-    hx = [] if not state else [tuple(state) if len(state) == 2 else state[0]]
     with torch.autocast("cpu", BF16):
-        outputs = flat(module(pack(x) if pack else x, *hx))
+        outputs = outputs_of(module, x, state, pack)
     inputs = [x, *state, *module.parameters()]
     return [*outputs, *torch.autograd.grad(function_of(outputs, torch.float32), inputs)]
 

@@ -35,19 +35,6 @@ TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 T, B, I, H = 6, 3, 4, 5  # noqa: E741
 
 
-@pytest.fixture
-def on_the_core(monkeypatch):
-    """Whatever runs, runs on the core; without this the original class could hide a fault."""
-
-    def required(*arguments):
-        assert eligible(*arguments)
-        return True
-
-    eligible = _layers.eligible
-    monkeypatch.setattr(_layers, "eligible", required)
-    monkeypatch.setattr(_cells, "eligible", required)
-
-
 def pair(kind, *sizes, **options):
     """The same module twice, torch's and ours, with the same parameters."""
     theirs = getattr(torch.nn, kind)(*sizes, **options)
@@ -65,14 +52,17 @@ def flat(results):
     return [tensor for part in results for tensor in flat(part)]
 
 
+def outputs_of(module, x, state, pack=None):
+    """The tensors that a module makes of x and the parts of a state, of which there may be none."""
+    hx = [] if not state else [tuple(state) if len(state) == 2 else state[0]]
+    return flat(module(pack(x) if pack else x, *hx))
+
+
 def outputs_and_gradients(module, x, state, pack=None):
     """Of a random linear function of all outputs."""
     x = x.detach().requires_grad_()
     state = [part.detach().requires_grad_() for part in state]
-    hx = None
-    if state:
-        hx = tuple(state) if len(state) == 2 else state[0]
-    outputs = flat(module(pack(x) if pack else x, *([] if hx is None else [hx])))
+    outputs = outputs_of(module, x, state, pack)
     generator = torch.Generator().manual_seed(1)
     loss = sum(
         (output * torch.randn(output.shape, generator=generator, dtype=output.dtype)).sum()
