@@ -11,15 +11,17 @@
 namespace fastbptt {
 namespace FASTBPTT_ISA {
 
-// sum + p c, and its way back: what c gets, and the gradient of p.
+// sum + p c, and its way back: what c gets, and the gradient of p. Without p the sum as it is.
+// Cells ask only if their `peepholes` says that there may be some, so a plain layer does not.
 template <class S>
 FASTBPTT_INLINE Packet<S> peep(const Peephole<const S>& p, Index gate, const Packet<S>& c,
                                const Packet<S>& sum, Index n) {
-  return pmadd(load(p.at(gate), n), c, sum);
+  return p.data ? pmadd(load(p.at(gate), n), c, sum) : sum;
 }
 template <class S>
 FASTBPTT_INLINE Packet<S> peep_back(const ReverseUnit<S>& u, Index gate, const Packet<S>& grad_sum,
                                     const Packet<S>& c, const Packet<S>& grad_c) {
+  if (!u.peephole.data) return grad_c;
   if (u.grad_peephole.data) {
     S* const grad = u.grad_peephole.at(gate);
     store(grad, pmadd(grad_sum, c, load(grad, u.n)), u.n);

@@ -41,10 +41,7 @@ struct OptionedCell {
     if (o.missing) return carry_over(u, o);
     if constexpr (Cell::has_c) {
       const Packet<S> c = load(u.c, u.n);
-      if (u.peephole.data)
-        Cell::template forward<true>(sums, u);
-      else
-        Cell::template forward<false>(sums, u);
+      Cell::template forward<true>(sums, u);
       if (o.keep_c || o.c_out) keep_cell(u, o, mixed(o.keep_c, c, load(u.c, u.n), u.n));
     } else {
       Cell::forward(sums, u);
@@ -96,10 +93,7 @@ struct OptionedCell {
         u.c = {c};
         store(u.carry_c, psub(load(u.carry_c, u.n), past_c), u.n);
       }
-      if (u.peephole.data)
-        Cell::template backward<true>(grad, u);
-      else
-        Cell::template backward<false>(grad, u);
+      Cell::template backward<true>(grad, u);
       if (o.keep_c) store(u.carry_c, padd(load(u.carry_c, u.n), past_c), u.n);
     } else {
       Cell::backward(grad, u);

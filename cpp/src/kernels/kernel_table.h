@@ -171,8 +171,8 @@ struct RowsKernels {
 
 struct KernelTable {
   int vector_bytes;
-  LayerKernels<float> layer_f32;
-  LayerKernels<double> layer_f64;
+  const LayerKernels<float>* layer_f32;
+  const LayerKernels<double>* layer_f64;
   RowsKernels<float> rows_f32;
   RowsKernels<double> rows_f64;
   template <class S>
@@ -183,11 +183,11 @@ struct KernelTable {
 
 template <>
 inline const LayerKernels<float>& KernelTable::layer<float>() const {
-  return layer_f32;
+  return *layer_f32;
 }
 template <>
 inline const LayerKernels<double>& KernelTable::layer<double>() const {
-  return layer_f64;
+  return *layer_f64;
 }
 template <>
 inline const RowsKernels<float>& KernelTable::rows<float>() const {

@@ -357,12 +357,7 @@ class ForwardLayer {
         job_.batch * width,
         job_.tape.wide.data ? job_.tape.wide.at(t, b) + Cell::tape * panels_.H : nullptr,
         sums_of_h(panels_.count()) + job_.team.rank * Rows::forward_spare(job_.shape)};
-    if constexpr (Cell::has_c) {
-      if (job_.weights.peephole) {
-        return Rows::template forward<true>(panels_, row, unit_of, option_of);
-      }
-    }
-    Rows::template forward<false>(panels_, row, unit_of, option_of);
+    Rows::forward(panels_, row, unit_of, option_of);
   }
 
   ForwardUnit<S> unit(Index t, Index b, Index first) const {

@@ -257,7 +257,7 @@ class NormRows {
     return Cell::has_c ? 2 + (s.options.peephole ? peepholes(s.cell) : 0) : 0;
   }
 
-  template <bool peepholes, class Unit, class Option>
+  template <class Unit, class Option>
   static void forward(const Panels<S, Cell>& panels, const NormForwardRow<S>& row, Unit&& unit,
                       Option&& option) {
     const Index J = panels.count(), H = panels.H;
@@ -282,8 +282,7 @@ class NormRows {
       products.mix(row.vectors, j, sums);
       if (u.tape) products.keep(u.tape, u.n);
       if constexpr (Cell::has_c) {
-        const LstmGates<S> a =
-            Plain::template gates<peepholes>(sums, load(u.c, u.n), u.peephole, u.n);
+        const LstmGates<S> a = Plain::template gates<true>(sums, load(u.c, u.n), u.peephole, u.n);
         store(cells + j * p, first_lanes<S>(a.c, u.n));
         store(outputs + j * p, a.o);
       } else {
@@ -329,7 +328,7 @@ class NormRows {
     }
   }
 
-  template <bool peepholes, class Unit, class Option>
+  template <class Unit, class Option>
   static void backward(const Panels<S, Cell>& panels, const NormReverseRow<S>& row, bool optioned,
                        Unit&& unit, Option&& option) {
     const Index J = panels.count();
@@ -352,7 +351,7 @@ class NormRows {
       }
     };
     if constexpr (Cell::has_c) {
-      cells_backward<peepholes>(panels, row, optioned, unit, option, add);
+      cells_backward(panels, row, optioned, unit, option, add);
     } else {
       for (Index j = 0; j < J; ++j) {
         ReverseUnit<S> u = unit(j);
@@ -470,7 +469,7 @@ class NormRows {
   // o's sum, that of N(c), and N(c).
   static constexpr Index kept = 8;
 
-  template <bool peepholes, class Unit, class Option, class Add>
+  template <class Unit, class Option, class Add>
   static FASTBPTT_INLINE void cells_backward(const Panels<S, Cell>& panels,
                                              const NormReverseRow<S>& row, bool optioned,
                                              Unit&& unit, Option&& option, Add&& add) {
@@ -487,7 +486,7 @@ class NormRows {
       alignas(64) S sums[width];
       products.mix(v, j, sums);
       const LstmGates<S> a =
-          Plain::template gates<peepholes>(sums, u.c_before.value(u.n), u.peephole, u.n);
+          Plain::template gates<true>(sums, u.c_before.value(u.n), u.peephole, u.n);
       const Packet<S> normal = first_lanes<S>(pmul(psub(a.c, mean), scale), u.n);
       const Packet<S> t =
           tanh_of(pmadd(load(Vectors::gain_c(v, j)), normal, load(Vectors::shift_c(v, j))));
@@ -525,9 +524,9 @@ class NormRows {
           store(row.shares + j * row.shares_step + k * p, constant<S>(0));
         }
       }
-      Plain::template gates_back<peepholes>({all[0], all[1], all[2], all[3], all[4]},
-                                            u.c_before.value(u.n), padd(psub(carry, past), through),
-                                            all[5], u);
+      Plain::template gates_back<true>({all[0], all[1], all[2], all[3], all[4]},
+                                       u.c_before.value(u.n), padd(psub(carry, past), through),
+                                       all[5], u);
       if (o.keep_c) store(u.carry_c, padd(load(u.carry_c, u.n), past), u.n);
       if (optioned && u.carry_h) {
         const Packet<S> grad = load(row.grad_h + j * p);

@@ -480,12 +480,7 @@ class ReverseLayer {
         shares,
         norm_grad_h(job_.batch) + job_.team.rank * Rows::reverse_spare(job_.shape)};
     if (view_.missing(t, b)) return Rows::skip_backward(panels_, row, unit_of, option_of);
-    if constexpr (Cell::has_c) {
-      if (job_.peephole) {
-        return Rows::template backward<true>(panels_, row, optioned_, unit_of, option_of);
-      }
-    }
-    Rows::template backward<false>(panels_, row, optioned_, unit_of, option_of);
+    Rows::backward(panels_, row, optioned_, unit_of, option_of);
   }
 
   // dL/dh before step t of row b: the sums, as the product of its gate gradients left them, become

@@ -4,7 +4,9 @@
 
 #include "fastbptt/types.h"
 
+#ifndef FASTBPTT_INLINE
 #define FASTBPTT_INLINE __attribute__((always_inline)) inline
+#endif
 
 namespace fastbptt {
 namespace FASTBPTT_ISA {

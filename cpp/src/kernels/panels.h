@@ -44,11 +44,69 @@ struct ProductPanel {
   static constexpr int gate[] = {0, 0, 0, 0};
 };
 
+// Between rows of a weight and a packet of a panel. Not inlined: they do not depend on the cell,
+// and inlined a tenth of the library's code was copies of them.
+//
+// to[k * step + lane] = rows[lane * row + k] for k < n; zeros in the lanes from valid on.
+template <class S>
+__attribute__((noinline)) void pack_packet(const S* rows, Index row, Index valid, Index n, S* to,
+                                           Index step) {
+  constexpr Index p = lanes<S>;
+  Index k = 0;
+  if (valid == p) {
+    // p x p blocks are transposed in registers.
+    for (; k + p <= n; k += p) {
+      Eigen::internal::PacketBlock<Packet<S>, int(p)> block;
+      for (Index lane = 0; lane < p; ++lane) block.packet[lane] = load(rows + lane * row + k);
+      Eigen::internal::ptranspose(block);
+      for (Index i = 0; i < p; ++i) store(to + (k + i) * step, block.packet[i]);
+    }
+  }
+  for (; k < n; ++k)
+    for (Index lane = 0; lane < p; ++lane)
+      to[k * step + lane] = lane < valid ? rows[lane * row + k] : S(0);
+}
+
+// rows[lane * columns + k] = from[k * step + lane], for the valid lanes, or added.
+template <class S>
+__attribute__((noinline)) void unpack_packet(const S* from, Index step, Index valid, Index columns,
+                                             bool add, S* rows) {
+  constexpr Index p = lanes<S>;
+  Index k = 0;
+  if (valid == p) {
+    for (; k + p <= columns; k += p) {
+      Eigen::internal::PacketBlock<Packet<S>, int(p)> block;
+      for (Index i = 0; i < p; ++i) block.packet[i] = load(from + (k + i) * step);
+      Eigen::internal::ptranspose(block);
+      for (Index lane = 0; lane < p; ++lane) {
+        S* const to = rows + lane * columns + k;
+        store(to, add ? padd(load(to), block.packet[lane]) : block.packet[lane]);
+      }
+    }
+  }
+  for (; k < columns; ++k) {
+    for (Index lane = 0; lane < valid; ++lane) {
+      S& to = rows[lane * columns + k];
+      to = (add ? to : S(0)) + from[k * step + lane];
+    }
+  }
+}
+
+// to[lane * width + i] = rows[lane * row + i] for i < valid and lane < filled; zeros elsewhere in
+// the packet's rows of `width`.
+template <class S>
+__attribute__((noinline)) void copy_packet(const S* rows, Index row, Index filled, Index valid,
+                                           Index width, S* to) {
+  for (Index lane = 0; lane < lanes<S>; ++lane, to += width) {
+    const Index n = lane < filled ? valid : 0;
+    for (Index i = 0; i < n; ++i) to[i] = rows[lane * row + i];
+    for (Index i = n; i < width; ++i) to[i] = S(0);
+  }
+}
+
 template <class S, class Cell>
 struct Panels {
   static constexpr Index p = lanes<S>;
-  using Block =
-      Eigen::internal::PacketBlock<typename Eigen::internal::packet_traits<S>::type, int(p)>;
   Index I;
   Index H;
   Index R;  // values of h'
@@ -103,53 +161,13 @@ struct Panels {
     }
   }
 
-  // to[k * step + lane] = rows[lane * row + k] for k < n; zeros in the lanes from valid on.
-  static void pack_packet(const S* rows, Index row, Index valid, Index n, S* to, Index step) {
-    Index k = 0;
-    if (valid == p) {
-      // p x p blocks are transposed in registers.
-      for (; k + p <= n; k += p) {
-        Block block;
-        for (Index lane = 0; lane < p; ++lane) block.packet[lane] = load(rows + lane * row + k);
-        Eigen::internal::ptranspose(block);
-        for (Index i = 0; i < p; ++i) store(to + (k + i) * step, block.packet[i]);
-      }
-    }
-    for (; k < n; ++k)
-      for (Index lane = 0; lane < p; ++lane)
-        to[k * step + lane] = lane < valid ? rows[lane * row + k] : S(0);
-  }
-
   // What panels of gradients hold, to PyTorch's layout: written there, or added to what is there.
   void unpack(const S* panel, Index columns, Index j, Range range, bool add, S* weight) const {
     const Index n = packets(j, range);
     for (Index q = 0; q < n; ++q) {
       const Index valid = units(unit(j, range.first + q));
       S* rows = weight + weight_row(j, range.first + q) * columns;
-      unpack_packet(panel + q * p, n * p, valid, columns, add, rows);
-    }
-  }
-
-  // rows[lane * columns + k] = from[k * step + lane], for the valid lanes.
-  static void unpack_packet(const S* from, Index step, Index valid, Index columns, bool add,
-                            S* rows) {
-    Index k = 0;
-    if (valid == p) {
-      for (; k + p <= columns; k += p) {
-        Block block;
-        for (Index i = 0; i < p; ++i) block.packet[i] = load(from + (k + i) * step);
-        Eigen::internal::ptranspose(block);
-        for (Index lane = 0; lane < p; ++lane) {
-          S* const to = rows + lane * columns + k;
-          store(to, add ? padd(load(to), block.packet[lane]) : block.packet[lane]);
-        }
-      }
-    }
-    for (; k < columns; ++k) {
-      for (Index lane = 0; lane < valid; ++lane) {
-        S& to = rows[lane * columns + k];
-        to = (add ? to : S(0)) + from[k * step + lane];
-      }
+      unpack_packet<S>(panel + q * p, n * p, valid, columns, add, rows);
     }
   }
 
@@ -200,13 +218,9 @@ struct Panels {
       S* row = reverse_panel(to, range, panel);
       for (Index j = 0; j < count(); ++j) {
         for (Index q = range.first; q < range.first + packets(j, range); ++q) {
-          const S* from = weight + weight_row(j, q) * columns + first;
-          const Index lanes_here = units(unit(j, q));
-          for (Index lane = 0; lane < p; ++lane, row += width) {
-            const Index n = lane < lanes_here ? valid : 0;
-            for (Index i = 0; i < n; ++i) row[i] = from[lane * columns + i];
-            for (Index i = n; i < width; ++i) row[i] = S(0);
-          }
+          const S* const from = weight + weight_row(j, q) * columns + first;
+          copy_packet(from, columns, units(unit(j, q)), valid, width, row);
+          row += p * width;
         }
       }
     }
