@@ -17,12 +17,12 @@ namespace FASTBPTT_ISA {
 // The options of one packet of hidden units; what is null is not there.
 template <class S>
 struct OptionUnit {
-  bool missing;
-  const S* keep_h;
-  const S* keep_c;
-  const S* seen;  // m
-  S* c_out;
-  const S* grad_c_out;
+  bool missing = false;
+  const S* keep_h = nullptr;
+  const S* keep_c = nullptr;
+  const S* seen = nullptr;  // m
+  S* c_out = nullptr;
+  const S* grad_c_out = nullptr;
 };
 
 template <class S, class Cell>

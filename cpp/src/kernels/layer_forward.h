@@ -194,9 +194,8 @@ class ForwardLayer {
     for (Index i = 0; i < passes; ++i) {
       const Index begin = I * i / passes, end = I * (i + 1) / passes;
       for_row_tiles(rows, Q, [&](Index R, Index row) {
-        RowsProduct<S> product{
-            ahead(j, row) + Cell::x_first * p,        width, {}, 0, 1, end - begin,
-            panels_.x(job_.packed, j) + begin * Q * p};
+        RowsProduct<S> product(ahead(j, row) + Cell::x_first * p, width, end - begin,
+                               panels_.x(job_.packed, j) + begin * Q * p);
         product.fetch_behind(Q, row / R);
         for (Index r = 0; r < R; ++r) {
           product.a[r] = job_.x.at((row + r) / job_.batch, (row + r) % job_.batch) + begin;
@@ -222,13 +221,8 @@ class ForwardLayer {
   // cell is a chain of operations that wait for each other: in turn each would hold up the next.
   // So all panels are multiplied first, and then the cells run, one in the gaps of another.
   void multiply_tile(Index t, Index j) {
-    RowsProduct<S> product{ahead(j, t * job_.batch) + Cell::h_first * p,
-                           width,
-                           {},
-                           0,
-                           1,
-                           panels_.R,
-                           panels_.h(job_.packed, j)};
+    RowsProduct<S> product(ahead(j, t * job_.batch) + Cell::h_first * p, width, panels_.R,
+                           panels_.h(job_.packed, j));
     for (Index r = 0; r < job_.batch; ++r) product.a[r] = h_.at(0, r);
     multiply_rows(job_.batch, panels_.packets(j, h_range<Cell>), true, product);
   }
@@ -247,8 +241,7 @@ class ForwardLayer {
     const Index h_passes = whole ? 1 : ceil_div(K_h, most);
     const auto pass = [&](Index R, Index row, const Sequence<const S>& a, Range range, Index begin,
                           Index end, const S* panel) {
-      RowsProduct<S> product{
-          sums + row * width + range.first * p, width, {}, 0, 1, end - begin, panel};
+      RowsProduct<S> product(sums + row * width + range.first * p, width, end - begin, panel);
       product.fetch_behind(panels_.packets(j, range), row / R);
       for (Index r = 0; r < R; ++r) product.a[r] = a.at(0, row + r) + begin;
       multiply_rows(R, panels_.packets(j, range), true, product);
@@ -314,7 +307,7 @@ class ForwardLayer {
                 S* sums) const {
     const Index Q = panels_.packets(j, range);
     for_row_tiles(job_.batch, Q, [&](Index R, Index row) {
-      RowsProduct<S> product{sums + row * width + range.first * p, width, {}, 0, 1, K, panel};
+      RowsProduct<S> product(sums + row * width + range.first * p, width, K, panel);
       for (Index r = 0; r < R; ++r) product.a[r] = a.at(0, row + r);
       multiply_rows(R, Q, false, product);
     });
@@ -362,7 +355,7 @@ class ForwardLayer {
 
   ForwardUnit<S> unit(Index t, Index b, Index first) const {
     const Index n = panels_.units(first);
-    ForwardUnit<S> u{};
+    ForwardUnit<S> u;
     u.n = n;
     if constexpr (Cell::second == Second::projection) {
       u.h = inputs_ + b * second_.input_row() + first;
@@ -437,7 +430,7 @@ class ForwardLayer {
       }
       if (job_.packed) {
         const S* const panel = second_.panels.x(job_.packed + panels_.size(), j);
-        RowsProduct<S> product{sums, row_size, {}, 0, 1, K, panel};
+        RowsProduct<S> product(sums, row_size, K, panel);
         for (Index r = 0; r < R; ++r) product.a[r] = inputs_ + (row + r) * second_.input_row();
         multiply_rows(R, Q, true, product);
       }

@@ -270,8 +270,8 @@ class ReverseLayer {
     // The last panel of four packets may be shorter.
     const Index last = factor.panels - 1;
     const Index even = stop - 1 == last && factor.last < step ? last : stop;
-    RowsProduct<S> product{
-        sums, 4 * p, {}, rows_ * factor.width, even - begin, step, weights + begin * step * Q * p};
+    RowsProduct<S> product(sums, 4 * p, step, weights + begin * step * Q * p, even - begin,
+                           rows_ * factor.width);
     product.fetch_behind(Q, tile);
     for (Index r = 0; r < R; ++r) product.a[r] = factor.at(begin, row + r, rows_);
     if (even > begin) multiply_rows(R, Q, split, product);
@@ -287,7 +287,7 @@ class ReverseLayer {
   FASTBPTT_INLINE ReverseUnit<S> unit(Index t, Index b, Index block) const {
     const Index first = block * p, H = panels_.H;
     const bool initial = t == 0 && job_.first;
-    ReverseUnit<S> u{};
+    ReverseUnit<S> u;
     u.n = panels_.units(first);
     if constexpr (Cell::second != Second::projection) {
       u.h_before = h_before(t, b) + first;

@@ -52,7 +52,7 @@ class Rows {
       for (Index r = 0; r < n; ++r)
         for (Index q = 0; q < Q; ++q) store(to + r * width + q * p, load(bias + q * p));
       for_row_tiles(n, Q, [&](Index R, Index at) {
-        RowsProduct<S> product{to + at * width, width, {}, 0, 1, panels_.I, panels_.x(packed, j)};
+        RowsProduct<S> product(to + at * width, width, panels_.I, panels_.x(packed, j));
         for (Index r = 0; r < R; ++r) product.a[r] = x + (at + r) * panels_.I;
         multiply_rows(R, Q, false, product);
       });
@@ -92,8 +92,7 @@ class Rows {
       for_row_tiles(n, Q, [&](Index R, Index at) {
         // The last panel may be shorter.
         const Index even = J - 1;
-        RowsProduct<S> product{
-            scratch + at * width, width, {}, stride * width, even, width, weights};
+        RowsProduct<S> product(scratch + at * width, width, width, weights, even, stride * width);
         for (Index r = 0; r < R; ++r) product.a[r] = sums + (row + at + r) * width;
         if (even > 0) multiply_rows(R, Q, false, product);
         for (Index r = 0; r < R; ++r) product.a[r] = sums + (even * stride + row + at + r) * width;

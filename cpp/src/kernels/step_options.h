@@ -77,7 +77,7 @@ class StepView {
 
   // The units of a cell, whose h a projection takes with it.
   OptionUnit<S> unit(Index t, Index b, Index first) const {
-    OptionUnit<S> u{};
+    OptionUnit<S> u;
     u.missing = missing(t, b);
     if (keep_c_) u.keep_c = keep_c_ + b * H_ + first;
     if (!projects_) {

@@ -72,7 +72,7 @@ void move_panel(const InfluenceJob<S>& job, const OnlineLayer<S>& layer, Index f
     clear(H * width, sums);
   }
   for_row_tiles(units, 4, [&](Index R, Index row) {
-    RowsProduct<S> product{sums + row * width, width, {}, 0, 1, H, h};
+    RowsProduct<S> product(sums + row * width, width, H, h);
     for (Index r = 0; r < R; ++r) product.a[r] = job.jacobian + (row + r) * H;
     multiply_rows(R, 4, false, product);
   });
