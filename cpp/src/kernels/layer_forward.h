@@ -193,12 +193,14 @@ class ForwardLayer {
     const Index passes = ceil_div(I, columns_at_once());
     for (Index i = 0; i < passes; ++i) {
       const Index begin = I * i / passes, end = I * (i + 1) / passes;
+      Index t = 0, b = 0;
       for_row_tiles(rows, Q, [&](Index R, Index row) {
         RowsProduct<S> product(ahead(j, row) + Cell::x_first * p, width, end - begin,
                                panels_.x(job_.packed, j) + begin * Q * p);
-        product.fetch_behind(Q, row / R);
+        product.fetch_behind(Q, R, row);
         for (Index r = 0; r < R; ++r) {
-          product.a[r] = job_.x.at((row + r) / job_.batch, (row + r) % job_.batch) + begin;
+          product.a[r] = job_.x.at(t, b) + begin;
+          if (++b == job_.batch) b = 0, ++t;
         }
         multiply_rows(R, Q, false, product);
       });
@@ -242,7 +244,7 @@ class ForwardLayer {
     const auto pass = [&](Index R, Index row, const Sequence<const S>& a, Range range, Index begin,
                           Index end, const S* panel) {
       RowsProduct<S> product(sums + row * width + range.first * p, width, end - begin, panel);
-      product.fetch_behind(panels_.packets(j, range), row / R);
+      product.fetch_behind(panels_.packets(j, range), R, row);
       for (Index r = 0; r < R; ++r) product.a[r] = a.at(0, row + r) + begin;
       multiply_rows(R, panels_.packets(j, range), true, product);
     };

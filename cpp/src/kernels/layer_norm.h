@@ -409,17 +409,16 @@ class NormRows {
     }
   }
 
-  // Adds the parts of rows [begin, end), the last first, to the gradients of panel j's vectors, of
-  // its bias, and of its peepholes, which are H apart. tape(row) is that of the panel's units.
+  // Adds the parts of all rows, the last first, to the gradients of panel j's vectors, of its bias,
+  // and of its peepholes, which are H apart. tape(row) is that of the panel's units.
   template <class Tape>
-  static void gather(Index n, Index begin, Index end, const S* grads, const S* shares,
-                     Index shares_packets, Tape&& tape, S* vectors, S* bias, Index H,
-                     S* peepholes) {
+  static void gather(Index n, Index rows, const S* grads, const S* shares, Index shares_packets,
+                     Tape&& tape, S* vectors, S* bias, Index H, S* peepholes) {
     Packet<S> sums[3][Cell::packets];
     S* const to[] = {bias, Vectors::gain_x(vectors, 0), Vectors::gain_h(vectors, 0)};
     for (int k = 0; k < 3; ++k)
       for (int q = 0; q < Cell::packets; ++q) sums[k][q] = load(to[k] + q * p);
-    for (Index row = end - 1; row >= begin; --row) {
+    for (Index row = rows - 1; row >= 0; --row) {
       Products products;
       products.recall(tape(row), n);
 #pragma GCC unroll 4
@@ -438,7 +437,7 @@ class NormRows {
                               : peepholes + (k - 2) * H;
       const Index valid = k < 2 ? p : n;
       Packet<S> sum = load(own, valid);
-      for (Index row = end - 1; row >= begin; --row) {
+      for (Index row = rows - 1; row >= 0; --row) {
         sum = padd(sum, load(shares + (row * shares_packets + k) * p));
       }
       store(own, sum, valid);

@@ -240,7 +240,7 @@ class ReverseLayer {
             const Index at = first + tile_row;
             S* const sums = sums_ + at * 4 * p;
             if (i == 0) start(sums, R, at, Q, panel);
-            if (w) multiply_grads(factor, split, R, Q, sums, row + at, begin, stop, w, at / R);
+            if (w) multiply_grads(factor, split, R, Q, sums, row + at, begin, stop, w, at);
             if (i == passes - 1) end(sums, R, at, Q, panel);
           });
         }
@@ -265,14 +265,14 @@ class ReverseLayer {
   }
 
   void multiply_grads(const Factor& factor, bool split, Index R, Index Q, S* sums, Index row,
-                      Index begin, Index stop, const S* weights, Index tile) const {
+                      Index begin, Index stop, const S* weights, Index at) const {
     const Index step = factor.step;
     // The last panel of four packets may be shorter.
     const Index last = factor.panels - 1;
     const Index even = stop - 1 == last && factor.last < step ? last : stop;
     RowsProduct<S> product(sums, 4 * p, step, weights + begin * step * Q * p, even - begin,
                            rows_ * factor.width);
-    product.fetch_behind(Q, tile);
+    product.fetch_behind(Q, R, at);
     for (Index r = 0; r < R; ++r) product.a[r] = factor.at(begin, row + r, rows_);
     if (even > begin) multiply_rows(R, Q, split, product);
     if (even == stop) return;
@@ -566,9 +566,10 @@ class ReverseLayer {
         gates(x_range<Cell>), false, 0, rows_, job_.packed + x_offset(job_.shape), panels_.I,
         [](S* sums, Index R, Index, Index, Index) { start_zero(sums, R); },
         [&](const S* sums, Index R, Index row, Index Q, Index panel) {
+          Index t = row / job_.batch, b = row % job_.batch;
           for (Index r = 0; r < R; ++r) {
-            const Index t = (row + r) / job_.batch, b = (row + r) % job_.batch;
             write_row(sums + r * 4 * p, Q, panel, panels_.I, job_.grad_x.at(t, b));
+            if (++b == job_.batch) b = 0, ++t;
           }
         });
   }
@@ -602,7 +603,7 @@ class ReverseLayer {
       for (Index i = 0; i < panels_.panel_size(); ++i) sums[i] = S(0);
     }
     if (parts_.used()) return weight_gradients_in_parts(j);
-    bias_gradient(j, 0, rows_);
+    bias_gradient(j);
     x_gradient(j, 0, job_.steps);
     h_gradient(j, 0, job_.steps);
   }
@@ -638,7 +639,7 @@ class ReverseLayer {
         });
   }
   void weight_gradients_in_parts(Index j) {
-    bias_gradient(j, 0, rows_);
+    bias_gradient(j);
     parts_.add_gradient(
         j, [this](Index panel, Index row) { return grads(panel, row); }, panels_.x(job_.scratch, j),
         panels_.h(job_.scratch, j), [&](Index begin, Index end) { x_gradient(j, begin, end); },
@@ -653,24 +654,30 @@ class ReverseLayer {
           second_.panels.I, to);
   }
 
-  void bias_gradient(Index j, Index begin, Index end) {
+  void bias_gradient(Index j) {
     S* const to = panels_.bias(job_.scratch, j);
     if constexpr (normalised) {
       S* const vectors = job_.scratch + norm_gradient(job_.shape);
       const Index shares = NormRows<S, Cell>::shares(job_.shape);
       return NormRows<S, Cell>::gather(
-          panels_.units(j * p), begin, end, grads(j, 0), shares_ + j * rows_ * shares * p, shares,
+          panels_.units(j * p), rows_, grads(j, 0), shares_ + j * rows_ * shares * p, shares,
           [&](Index row) {
             return tape_unit(job_.tape, row / job_.batch, row % job_.batch, j * p * Cell::tape);
           },
           NormVectors<S, Cell>::gain_x(vectors, j), to, panels_.H,
           job_.scratch + zeros(job_.shape) + panels_.H + j * p);
     }
-    for (Index q = 0; q < panels_.packets(j); ++q) {
-      Packet<S> sum = load(to + q * p);
-      for (Index row = end - 1; row >= begin; --row) sum = padd(sum, load(grads(j, row) + q * p));
-      store(to + q * p, sum);
-    }
+    // Side by side, as one sum waits for the latency of each addition.
+    with_constant<Cell::packets>(panels_.packets(j), [&](auto Q) {
+      Packet<S> sums[Q];
+      for (int q = 0; q < Q; ++q) sums[q] = load(to + q * p);
+      for (Index row = rows_ - 1; row >= 0; --row) {
+        const S* const from = grads(j, row);
+#pragma GCC unroll 4
+        for (int q = 0; q < Q; ++q) sums[q] = padd(sums[q], load(from + q * p));
+      }
+      for (int q = 0; q < Q; ++q) store(to + q * p, sums[q]);
+    });
   }
 
   void outer(Range range, Index j, const Sequence<const S>& a, Index begin, Index end, Index shift,

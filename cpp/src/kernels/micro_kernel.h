@@ -89,11 +89,12 @@ struct RowsProduct {
   RowsProduct(S* sums, Index sums_row, Index K, const S* panel, Index blocks = 1, Index a_block = 0)
       : sums(sums), sums_row(sums_row), a_block(a_block), blocks(blocks), K(K), panel(panel) {}
 
-  // The part of a panel behind this one, shared out to the first tiles of rows that go by.
-  void fetch_behind(Index Q, Index tile) {
+  // The part of a panel behind this one, shared out to the first tiles of R rows that go by. The
+  // others are told without a division.
+  void fetch_behind(Index Q, Index R, Index row) {
     constexpr Index line = 64 / Index(sizeof(S));
-    const Index size = blocks * K * Q * lanes<S>;
-    if (tile * blocks * K * line < size) fetch = panel + size + tile * blocks * K * line;
+    const Index size = blocks * K * Q * lanes<S>, each = blocks * K * line;
+    if (row * each < size * R) fetch = panel + size + row / R * each;
   }
 };
 
