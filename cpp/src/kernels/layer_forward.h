@@ -382,8 +382,9 @@ class ForwardLayer {
     }
   }
 
-  // The cell, from the sums of one row.
-  FASTBPTT_INLINE void finish(Index t, Index j, Index b, const S* sums) const {
+  // The cell, from the sums of one row. Not inlined: each of the ways through a step would have its
+  // own copy of the activations.
+  __attribute__((noinline)) void finish(Index t, Index j, Index b, const S* sums) const {
     optioned_ ? finish_optioned(t, j, b, sums) : cell(t, j, b, sums);
     if constexpr (Cell::second == Second::none) {
       for (Index q = 0; q < (Cell::wide ? panels_.packets(j) : 1); ++q) {

@@ -673,7 +673,6 @@ class ReverseLayer {
       for (int q = 0; q < Q; ++q) sums[q] = load(to + q * p);
       for (Index row = rows_ - 1; row >= 0; --row) {
         const S* const from = grads(j, row);
-#pragma GCC unroll 4
         for (int q = 0; q < Q; ++q) sums[q] = padd(sums[q], load(from + q * p));
       }
       for (int q = 0; q < Q; ++q) store(to + q * p, sums[q]);

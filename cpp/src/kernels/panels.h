@@ -152,7 +152,8 @@ struct Panels {
   }
 
   // panel[k][q][lane] = weight[row(q) + lane][k] for the range's packets of panel j.
-  void pack(const S* weight, Index columns, Index j, Range range, S* panel) const {
+  __attribute__((noinline)) void pack(const S* weight, Index columns, Index j, Range range,
+                                      S* panel) const {
     const Index n = packets(j, range);
     for (Index q = 0; q < n; ++q) {
       const Index valid = units(unit(j, range.first + q));
@@ -162,7 +163,8 @@ struct Panels {
   }
 
   // What panels of gradients hold, to PyTorch's layout: written there, or added to what is there.
-  void unpack(const S* panel, Index columns, Index j, Range range, bool add, S* weight) const {
+  __attribute__((noinline)) void unpack(const S* panel, Index columns, Index j, Range range,
+                                        bool add, S* weight) const {
     const Index n = packets(j, range);
     for (Index q = 0; q < n; ++q) {
       const Index valid = units(unit(j, range.first + q));
@@ -171,7 +173,7 @@ struct Panels {
     }
   }
 
-  void add_bias(const S* bias, Index j, Index q, S* to) const {
+  __attribute__((noinline)) void add_bias(const S* bias, Index j, Index q, S* to) const {
     if (!bias) return;
     const Index valid = units(unit(j, q));
     for (Index lane = 0; lane < valid; ++lane) to[q * p + lane] += bias[weight_row(j, q) + lane];
@@ -211,7 +213,8 @@ struct Panels {
   T* reverse_panel(T* panels, Range range, Index panel) const {
     return panels + panel * 4 * p * reverse_rows(range);
   }
-  void pack_reverse(const S* weight, Index columns, Range range, S* to) const {
+  __attribute__((noinline)) void pack_reverse(const S* weight, Index columns, Range range,
+                                              S* to) const {
     for (Index panel = 0; panel < reverse_panels(columns); ++panel) {
       const Index first = panel * 4 * p, width = reverse_packets(columns, panel) * p;
       const Index valid = columns - first < width ? columns - first : width;
