@@ -296,7 +296,7 @@ class ForwardLayer {
     } else {
       add_rows(h_, h_range<Cell>, j, panels_.R, panels_.h(job_.packed, j), sums);
     }
-    for (Index b = 0; b < B; ++b) finish(t, j, b, sums + b * width);
+    for (Index b = 0; b < B; ++b) finish_apart(t, j, b, sums + b * width);
   }
   void add_x(Index t, Index j, S* sums) const {
     if (parts_.x_fits(t)) {
@@ -332,7 +332,7 @@ class ForwardLayer {
         if (P::takes_h(q)) sum = padd(sum, dots(w.w_hh + row * K, n, h_.at(0, b), K));
         store(sums + q * p, sum);
       }
-      if (!normalised) finish(t, j, b, sums);
+      if (!normalised) finish_apart(t, j, b, sums);
     }
   }
 
@@ -382,15 +382,19 @@ class ForwardLayer {
     }
   }
 
-  // The cell, from the sums of one row. Not inlined: each of the ways through a step would have its
-  // own copy of the activations.
-  __attribute__((noinline)) void finish(Index t, Index j, Index b, const S* sums) const {
+  // The cell, from the sums of one row.
+  FASTBPTT_INLINE void finish(Index t, Index j, Index b, const S* sums) const {
     optioned_ ? finish_optioned(t, j, b, sums) : cell(t, j, b, sums);
     if constexpr (Cell::second == Second::none) {
       for (Index q = 0; q < (Cell::wide ? panels_.packets(j) : 1); ++q) {
         round_y(t, b, panels_.unit(j, q));
       }
     }
+  }
+
+  // The same where a copy of the activations would save little.
+  __attribute__((noinline)) void finish_apart(Index t, Index j, Index b, const S* sums) const {
+    finish(t, j, b, sums);
   }
 
   FASTBPTT_INLINE void cell(Index t, Index j, Index b, const S* sums) const {
