@@ -44,7 +44,9 @@ class Work:
         self.call = call(max(1, int(T * seconds / taken)))
 
     def x(self, T: int) -> np.ndarray:
-        return self.rng.standard_normal((T, *self.shape), dtype=np.float32)
+        """One step, T times: to draw all of them would take longer than the call."""
+        step = self.rng.standard_normal(self.shape, dtype=np.float32)
+        return np.broadcast_to(step, (T, *self.shape))
 
     def advance(self, T: int):
         x = self.x(T)

@@ -38,7 +38,8 @@ constexpr Index chunk_rows = 256;
 // Rows of time x batch up to which packing the weights costs more than it saves.
 constexpr Index direct_rows = 8;
 
-// Work between two looks for an interrupt: half a second on a slow core.
+// Work between two looks for an interrupt: half a second on a slow core. With a single row, weights
+// that are read from memory at each step allow half as much.
 constexpr double chunk_flops = 5e9;
 
 // Rows a thread below which the weights are read so often that it is better to share them out.
@@ -145,7 +146,8 @@ bool asked_to_stop(StopFlag& stop, const Team& team) {
 // A few chunks are alike: a short one at the end reads and writes the weight gradients as often as
 // a long one.
 Index chunk_steps(const StackShape& s, Index rows, Index T) {
-  const double most = std::min({double(chunk_rows), chunk_flops / step_flops(s), double(T) * rows});
+  const double flops = step_flops(s) * (rows == 1 ? 2 : 1);
+  const double most = std::min({double(chunk_rows), chunk_flops / flops, double(T) * rows});
   const Index steps = std::max<Index>(1, static_cast<Index>(most) / rows);
   if (T >= 4 * steps) return steps;
   const Index chunks = std::max<Index>(1, (2 * T + steps) / (2 * steps));
