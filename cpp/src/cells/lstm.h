@@ -4,7 +4,8 @@
 //
 // With peepholes (Gers & Schmidhuber 2000) the sums of i and f also take p_i c' and p_f c', that of
 // o takes p_o c, unit by unit. With coupled gates (Greff et al. 2017) there is no i but 1 - f.
-// With a projection (Sak et al. 2014) h = W_hr (o tanh(c)), P values, and u = W_hh h'.
+// With a projection (Sak et al. 2014) h = W_hr (o tanh(c)), P values, and u = W_hh h'. It comes
+// behind the cell, whose own h is o tanh(c).
 #pragma once
 #include "cells/unit.h"
 
@@ -47,6 +48,7 @@ template <template <class> class Cell, bool peepholes, class S>
 FASTBPTT_INLINE void lstm_backward(const Packet<S>& grad_h, const LstmGates<S>& a,
                                    const ReverseUnit<S>& u) {
   const Packet<S> t = tanh_of(a.c);
+  if (u.output) store(u.output, pmul(a.o, t), u.n);
   const Packet<S> through_o = pmul(grad_h, a.o);
   const Packet<S> s_o = pmul(pmul(through_o, t), one_minus<S>(a.o));
   const Packet<S> c = pmadd(through_o, one_minus<S>(pmul(t, t)), load(u.carry_c, u.n));
@@ -57,7 +59,7 @@ FASTBPTT_INLINE void lstm_backward(const Packet<S>& grad_h, const LstmGates<S>& 
 template <class S>
 struct LstmCell {
   static constexpr bool wide = false;
-  static constexpr Second second = Second::none;
+  static constexpr Second second = Second::projection;
   static constexpr bool carries_h = false;
   static constexpr bool has_c = true;
   static constexpr int packets = 4;
@@ -135,7 +137,7 @@ struct LstmCell {
 template <class S>
 struct LstmCoupledCell {
   static constexpr bool wide = false;
-  static constexpr Second second = Second::none;
+  static constexpr Second second = Second::projection;
   static constexpr bool carries_h = false;
   static constexpr bool has_c = true;
   static constexpr int packets = 3;
@@ -195,19 +197,6 @@ struct LstmCoupledCell {
     Packet<S> carry = through_f;
     if constexpr (peepholes) carry = peep_back(u, 0, s_f, before, carry);
     store(u.carry_c, carry, u.n);
-  }
-};
-
-// To the cell, h is o tanh(c), and grad_h its gradient: the projection comes behind it.
-template <class S, class Inner>
-struct ProjectedCell : Inner {
-  static constexpr Second second = Second::projection;
-
-  template <bool peepholes = false>
-  static FASTBPTT_INLINE void backward(const Packet<S>& grad, const ReverseUnit<S>& u) {
-    const Packet<S> o = u.tape.activation(Inner::tape - 2, u.n);
-    store(u.output, pmul(o, tanh_of(u.c.value(u.n))), u.n);
-    Inner::template backward<peepholes>(grad, u);
   }
 };
 

@@ -6,7 +6,8 @@
 namespace fastbptt {
 namespace FASTBPTT_ISA {
 
-// The product that a step makes of what its cell has computed, beside those of x and h'.
+// The product that a step makes of what its cell has computed, beside those of x and h'. A
+// projection is one that a layer may have or not.
 enum class Second { none, candidate, projection };
 
 // The peepholes of these units, one run of n a gate, `row` apart; data null: there are none.

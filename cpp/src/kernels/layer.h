@@ -15,21 +15,15 @@ auto with_norm(const LayerShape& shape, F&& body) {
   return shape.options.layer_norm ? body(NormalisedCell<S, Cell>{}) : body(Cell{});
 }
 
-template <class S, class Cell, class F>
-auto with_projection(const LayerShape& shape, F&& body) {
-  if (shape.proj_size > 0) return with_norm<S, ProjectedCell<S, Cell>>(shape, body);
-  return with_norm<S, Cell>(shape, body);
-}
-
 template <class S, class F>
 auto with_cell(const LayerShape& shape, F&& body) {
   switch (shape.cell) {
     case Cell::rnn_relu:
       return body(RnnCell<S, true>{});
     case Cell::lstm:
-      return with_projection<S, LstmCell<S>>(shape, body);
+      return with_norm<S, LstmCell<S>>(shape, body);
     case Cell::lstm_coupled:
-      return with_projection<S, LstmCoupledCell<S>>(shape, body);
+      return with_norm<S, LstmCoupledCell<S>>(shape, body);
     case Cell::gru:
       return with_norm<S, GruCell<S>>(shape, body);
     case Cell::gru_reset_before:

@@ -155,6 +155,7 @@ class ForwardLayer {
         team.wait();
       }
       if constexpr (Cell::second != Second::none) {
+        if (!second_.exists) continue;
         const Index n = second_.count();
         for (Index j = team.begin(n); j < team.end(n); ++j) step_second(t, j);
         team.wait();
@@ -359,7 +360,7 @@ class ForwardLayer {
     const Index n = panels_.units(first);
     ForwardUnit<S> u;
     u.n = n;
-    if constexpr (Cell::second == Second::projection) {
+    if (second_.projects()) {
       u.h = inputs_ + b * second_.input_row() + first;
     } else {
       u.h_before = before_.at(0, b) + first;
@@ -385,10 +386,9 @@ class ForwardLayer {
   // The cell, from the sums of one row.
   FASTBPTT_INLINE void finish(Index t, Index j, Index b, const S* sums) const {
     optioned_ ? finish_optioned(t, j, b, sums) : cell(t, j, b, sums);
-    if constexpr (Cell::second == Second::none) {
-      for (Index q = 0; q < (Cell::wide ? panels_.packets(j) : 1); ++q) {
-        round_y(t, b, panels_.unit(j, q));
-      }
+    if (second_.exists) return;
+    for (Index q = 0; q < (Cell::wide ? panels_.packets(j) : 1); ++q) {
+      round_y(t, b, panels_.unit(j, q));
     }
   }
 

@@ -154,8 +154,10 @@ class ReverseLayer {
       if (optioned_) view_.begin_reverse(t);
       step(t);
       if constexpr (Cell::second != Second::none) {
-        team.wait();
-        second_step(t);
+        if (second_.exists) {
+          team.wait();
+          second_step(t);
+        }
       }
       parts_.split_grads(t, grads_at);
       team.wait();
@@ -289,12 +291,12 @@ class ReverseLayer {
     const bool initial = t == 0 && job_.first;
     ReverseUnit<S> u;
     u.n = panels_.units(first);
-    if constexpr (Cell::second != Second::projection) {
+    if (second_.projects()) {
+      u.output = second_input(t * job_.batch + b, first);
+    } else {
       u.h_before = h_before(t, b) + first;
       u.h = job_.y.at(t, b) + first;
       u.carry_h = job_.grad_state.h + b * H + first;
-    } else {
-      u.output = second_input(t * job_.batch + b, first);
     }
     u.grads = grads(Cell::wide ? block / 4 : block, t * job_.batch + b) +
               (Cell::wide ? block % 4 * p : 0);
@@ -339,11 +341,10 @@ class ReverseLayer {
   FASTBPTT_INLINE void fetch_units(Index t, Index b, Index Q, Index panel) const {
     const Index first = panel * 4 * p, before = t > 0 ? t - 1 : 0;
     if (job_.grad_y.data) fetch(job_.grad_y.at(t, b) + first, Q * p);
-    if constexpr (Cell::second != Second::projection) {
-      fetch(job_.y.at(Cell::carries_h ? before : t, b) + first, Q * p);
-      fetch_tape(job_.tape.wide, t, b, first, Q);
-      fetch_tape(job_.tape.narrow, t, b, first, Q);
-    }
+    if (second_.projects()) return;
+    fetch(job_.y.at(Cell::carries_h ? before : t, b) + first, Q * p);
+    fetch_tape(job_.tape.wide, t, b, first, Q);
+    fetch_tape(job_.tape.narrow, t, b, first, Q);
   }
   template <class T>
   FASTBPTT_INLINE void fetch_tape(const Sequence<T>& tape, Index t, Index b, Index first,
@@ -379,16 +380,16 @@ class ReverseLayer {
               // The step's own error comes last, as it does where time is cut before the step.
               Packet<S> grad_h = load(sums + (r * 4 + q) * p);
               if (grad_y) grad_h = padd(grad_h, load(grad_y + first, panels_.valid(K, first)));
-              if constexpr (normalised && Cell::second == Second::none) {
+              if (second_.projects()) {
+                store(second_grads(panel, row) + q * p, grad_h);
+              } else if constexpr (normalised) {
                 store(norm_grad_h(b + r) + first, grad_h);
-              } else if constexpr (Cell::second == Second::none) {
-                Cell::backward(grad_h, unit(t, b + r, panel * 4 + q));
               } else if constexpr (Cell::second == Second::candidate) {
                 Cell::backward_candidate(grad_h, unit(t, b + r, panel * 4 + q),
                                          second_grads(panel, row) + q * p,
                                          second_input(row, first));
               } else {
-                store(second_grads(panel, row) + q * p, grad_h);
+                Cell::backward(grad_h, unit(t, b + r, panel * 4 + q));
               }
             }
           }
@@ -407,7 +408,7 @@ class ReverseLayer {
       const Index n = panels_.valid(panels_.R, first);
       Packet<S> grad_h = load(sums + q * p);
       if (grad_y) grad_h = padd(grad_h, load(grad_y + first, n));
-      if constexpr (Cell::second == Second::projection) {
+      if (second_.projects()) {
         const S* const keep = view_.keep_h(b, first);
         const Packet<S> past = view_.missing(t, b) ? grad_h
                                : keep              ? pmul(load(keep, n), grad_h)

@@ -1,6 +1,6 @@
 // The product that some cells make of their own values, behind those of x and h': the candidate of
-// a GRU that resets before, W_hn (r h'), and the projection of an LSTM, W_hr (o tanh(c)). For the
-// others it has no size.
+// a GRU that resets before, W_hn (r h'), and the projection of an LSTM, W_hr (o tanh(c)). Where a
+// layer has none, it has no size.
 #pragma once
 #include "cells/unit.h"
 #include "kernels/panels.h"
@@ -12,13 +12,18 @@ namespace FASTBPTT_ISA {
 template <class S, class Cell>
 struct SecondProduct {
   static constexpr Index p = lanes<S>;
-  static constexpr bool exists = Cell::second != Second::none;
   using P = Panels<S, ProductPanel>;
   P panels;
+  bool exists;
 
   explicit SecondProduct(const LayerShape& s)
       : panels({s.cell, s.hidden_size,
-                Cell::second == Second::projection ? s.proj_size : s.hidden_size}) {}
+                Cell::second == Second::projection ? s.proj_size : s.hidden_size}),
+        exists(Cell::second == Second::candidate ||
+               (Cell::second == Second::projection && s.proj_size > 0)) {}
+
+  // Whether what the cell makes is not h but what is projected.
+  FASTBPTT_INLINE bool projects() const { return Cell::second == Second::projection && exists; }
 
   template <class T>
   T* weight(const Weights<T>& w) const {
