@@ -232,7 +232,8 @@ class ForwardLayer {
 
   void step_panel(Index t, Index j) {
     const Index B = job_.batch, I = panels_.I, K_h = panels_.R;
-    const Index packets_of_tile = Cell::x_count;  // of x and h: the larger
+    const Index packets_of_tile = panels_.packets(j, x_range<Cell>);  // of h there are no more
+    static_assert(Cell::h_count <= Cell::x_count, "tiles are those of x");
     const Index x_step = panels_.packets(j, x_range<Cell>) * p;
     const Index h_step = panels_.packets(j, h_range<Cell>) * p;
     S* const sums = normalised ? sums_of_h(j) : ahead_ ? ahead(j, t * B) : sums_;

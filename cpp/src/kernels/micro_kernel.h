@@ -3,7 +3,8 @@
 //   sums[r][q] += sum over k of a(r, k) * panel[k][q]     r < R rows, q < Q <= 4 packets
 //
 // a is read a value at a time and broadcast; a panel is packed so that the packets of one k stand
-// side by side. A tile of tile_rows(Q) rows fills the registers with accumulators.
+// side by side. A tile of tile_rows(Q) rows fills the registers with accumulators; one of more
+// rows, a tall one, is made in two halves of two packets each.
 //
 // Each size of tile is one function, not inlined: the cells differ only in what they do before and
 // after, and a call is nothing beside the loop.
@@ -96,13 +97,22 @@ struct RowsProduct {
     const Index size = blocks * K * Q * lanes<S>, each = blocks * K * line;
     if (row * each < size * R) fetch = panel + size + row / R * each;
   }
+
+  // The last two packets of four. What comes behind the panel has been fetched with the first two.
+  RowsProduct right_half() const {
+    RowsProduct half = *this;
+    half.sums += 2 * lanes<S>;
+    half.panel += 2 * lanes<S>;
+    half.fetch = nullptr;
+    return half;
+  }
 };
 
 // With Sets > 1 the sum over k is split over that many accumulators, so that few rows do not wait
-// for the latency of the additions.
-template <class S, int R, int Q, int Sets>
+// for the latency of the additions. The panel's rows have `Width` packets, of which Q are taken.
+template <class S, int R, int Q, int Sets, int Width = Q>
 __attribute__((noinline)) void multiply_rows(const RowsProduct<S>& product) {
-  constexpr Index step = Q * lanes<S>;
+  constexpr Index step = Width * lanes<S>;
   const S* a[R];
   for (int r = 0; r < R; ++r) a[r] = product.a[r];
   const S* panel = product.panel;
@@ -155,12 +165,20 @@ struct ColumnsProduct {
   const S* panel;
   Index panel_row;
   Index panel_run;
+
+  // The last two packets of four.
+  ColumnsProduct right_half() const {
+    ColumnsProduct half = *this;
+    half.sums += 2 * lanes<S>;
+    half.panel += 2 * lanes<S>;
+    return half;
+  }
 };
 
-template <class S, int R, int Q>
+template <class S, int R, int Q, int Width = Q>
 __attribute__((noinline)) void multiply_columns(const ColumnsProduct<S>& product) {
   Tile<S, R, Q> tile;
-  tile.read(product.sums, Q * lanes<S>);
+  tile.read(product.sums, Width * lanes<S>);
   for (Index run = 0; run < product.runs; ++run) {
     const S* a = product.a + run * product.a_run;
     const S* panel = product.panel + run * product.panel_run;
@@ -168,7 +186,7 @@ __attribute__((noinline)) void multiply_columns(const ColumnsProduct<S>& product
       tile.multiply([&](int r) { return a + r; }, panel);
     }
   }
-  tile.write(product.sums, Q * lanes<S>);
+  tile.write(product.sums, Width * lanes<S>);
 }
 
 // Calls body with the integral constant n <= Most.
@@ -180,11 +198,27 @@ FASTBPTT_INLINE void with_constant(Index n, F&& body) {
   body(std::integral_constant<int, Most>{});
 }
 
+// A tall tile: body(R, product) with the left packets, and with the right ones.
+template <class Product, class F>
+FASTBPTT_INLINE bool in_halves(Index R, Index Q, const Product& product, F&& body) {
+  if constexpr (tall_tile_rows > 0) {
+    if (Q != 4 || R <= tile_rows(4)) return false;
+    const Product right = product.right_half();
+    with_constant<tall_tile_rows>(R, [&](auto r) {
+      if constexpr (r > tile_rows(4)) body(r, product), body(r, right);
+    });
+    return true;
+  }
+  return false;
+}
+
 // `split` allows several accumulators a sum, whose order then depends on the number of rows; only
 // where that is the same however the steps are cut.
 template <class S>
 __attribute__((noinline)) void multiply_rows(Index R, Index Q, bool split,
                                              const RowsProduct<S>& product) {
+  const auto half = [](auto r, const RowsProduct<S>& part) { multiply_rows<S, r, 2, 1, 4>(part); };
+  if (in_halves(R, Q, product, half)) return;
   with_constant<4>(Q, [&](auto q) {
     with_constant<tile_rows(q)>(R, [&](auto r) {
       constexpr int accumulators = r * q;
@@ -200,16 +234,22 @@ __attribute__((noinline)) void multiply_rows(Index R, Index Q, bool split,
 template <class S>
 __attribute__((noinline)) void multiply_columns(Index R, Index Q,
                                                 const ColumnsProduct<S>& product) {
+  const auto half = [](auto r, const ColumnsProduct<S>& part) {
+    multiply_columns<S, r, 2, 4>(part);
+  };
+  if (in_halves(R, Q, product, half)) return;
   with_constant<4>(Q, [&](auto q) {
     with_constant<tile_rows(q)>(R, [&](auto r) { multiply_columns<S, r, q>(product); });
   });
 }
 
 // Calls body(R, row) for tiles of Q packets that cover [0, rows) as evenly as they can, so that a
-// tile of one row, which wastes the most, appears only where there is one row.
+// tile of one row, which wastes the most, appears only where there is one row. They are tall where
+// those of three rows would leave two of two, and these are more than a twentieth of all.
 template <class F>
 FASTBPTT_INLINE void for_row_tiles(Index rows, Index Q, F&& body) {
-  Index tiles = ceil_div(rows, tile_rows(Q));
+  const bool tall = tall_tile_rows > 0 && Q == 4 && rows % 3 == 1 && rows > 3 && rows < 48;
+  Index tiles = ceil_div(rows, tall ? tall_tile_rows : tile_rows(Q));
   for (Index row = 0; row < rows; --tiles) {
     const Index R = ceil_div(rows - row, tiles);
     body(R, row);

@@ -40,6 +40,10 @@ constexpr int tile_rows(Index Q) {
   const int rows = accumulators / static_cast<int>(Q);
   return rows < most_tile_rows ? rows : most_tile_rows;
 }
+// A tile of four packets and three rows leaves remainders of two, which take nearly as long as
+// three. Twice two packets of up to six rows leave better ones.
+constexpr int tall_tile_rows = tile_rows(4) == 3 ? 6 : 0;
+static_assert(tall_tile_rows <= most_tile_rows && tall_tile_rows <= tile_rows(2), "registers");
 
 template <class S>
 FASTBPTT_INLINE Packet<S> load(const S* from) {
