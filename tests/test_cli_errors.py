@@ -49,6 +49,7 @@ def refused(capsys, *arguments: object) -> str:
         (["--lr-decay", "-1"], ["--lr-decay", "'-1'"]),
         (["--seed", "-1"], ["--seed", "'-1'"]),
         (["--threads", "0"], ["--threads", "'0'"]),
+        (["--threads", "1025"], ["--threads", "'1025'", "1024"]),
         (["--steps", "0"], ["--steps", "'0'"]),
         (["--seconds", "0"], ["--seconds", "'0'"]),
         (["--cell", "cnn"], ["--cell", "'cnn'", "lstm"]),
@@ -166,3 +167,37 @@ def test_sample_names_bad_values(capsys, text):
     assert "--temperature" in refused(capsys, "sample", "m.safetensors", "--temperature", -0.1)
     assert "--temperature" in refused(capsys, "sample", "m.safetensors", "--temperature", "nan")
     assert "--seed" in refused(capsys, "sample", "m.safetensors", "--seed", "x")
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        fb.Model(fb.GRU(3, 4), fb.Linear(4, 3)),
+        fb.Model(fb.Embedding(3, 2), fb.GRU(2, 3)),
+        fb.Model(fb.Embedding(3, 2), fb.GRU(2, 4), fb.Linear(4, 5)),
+    ],
+    ids=["no embedding", "no readout", "too many outputs"],
+)
+def test_sample_refuses_models_of_no_text(tmp_path, capsys, model):
+    path = tmp_path / "m.safetensors"
+    fb.save(path, model, extra={"vocabulary": "abc"})
+    assert "MODEL" in refused(capsys, "sample", path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names")
+def test_json_goes_into_a_pipe_and_through_a_link(tmp_path, text):
+    pipe, link, file = tmp_path / "pipe", tmp_path / "link", tmp_path / "file"
+    os.mkfifo(pipe)
+    file.write_text("old")
+    file.chmod(0o600)
+    link.symlink_to(file)
+    options = ["train", text, *SMALL, "--steps", 1]
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    assert run(*options, "--save", tmp_path / "a.st", "--json", pipe) == 0
+    assert os.read(reader, 1 << 16).startswith(b"{")
+    os.close(reader)
+    assert pipe.is_fifo()
+    assert run(*options, "--save", tmp_path / "b.st", "--json", link) == 0
+    assert link.is_symlink()
+    assert file.read_text().startswith("{")
+    assert file.stat().st_mode & 0o777 == 0o600

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -159,6 +160,33 @@ class TestRefused:
         assert "at most" in refused(capsys, model, "--steps", 10**6)
         (tmp_path / "a.txt").unlink()
         assert "a.txt" in refused(capsys, model)
+
+    def test_what_it_reads_is_not_written_over(self, tmp_path, capsys, text_model):
+        text, model = text_model
+        before = [Path(name).read_bytes() for name in text_model]
+        for name in text_model:
+            assert "is in use" in refused(capsys, model, "--json", name)
+            assert "is in use" in refused(capsys, model, text, "--json", name)
+        picture = tmp_path / "m.png"
+        picture.symlink_to(model)
+        assert "is in use" in refused(capsys, model, "--plot", picture)
+        assert before == [Path(name).read_bytes() for name in text_model]
+
+    @pytest.mark.parametrize(
+        ("layer", "extra", "words"),
+        [
+            (fb.GRU(3, 4, bidirectional=True), {}, "bidirectional"),
+            (fb.LSTM(3, 4, proj_size=2), {}, "plain"),
+            (fb.GRU(3, 4), {"source": {"url": "a"}}, "does not say what it was trained on"),
+        ],
+    )
+    def test_models_without_a_flow(self, tmp_path, capsys, layer, extra, words):
+        path = tmp_path / "m.safetensors"
+        fb.save(path, fb.Model(layer), extra=extra)
+        assert run("flow", path) == 2
+        error = capsys.readouterr().err
+        assert words in error
+        assert error.count("\n") == 1
 
     def test_without_matplotlib_it_says_so_first(self, capsys, monkeypatch):
         find = importlib.util.find_spec

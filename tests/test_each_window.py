@@ -75,3 +75,19 @@ def test_bad_arguments(rng):
         fb.each_window(model, x, target, schedule=fb.Full())
     with pytest.raises(ValueError, match="x: got shape"):
         fb.each_window(model, x[0], target, schedule=fb.Truncated(3))
+
+
+@pytest.mark.parametrize("k2", [3, 5])
+def test_writing_to_the_state_of_a_window_changes_none_behind_it(k2, rng):
+    model = fb.Model(fb.LSTM(2, 4, seed=0), fb.Linear(4, 1, seed=0))
+    x, target = rng.standard_normal((12, 2, 2), "f"), rng.standard_normal((12, 2, 1), "f")
+
+    def losses(write):
+        found = []
+        for window in fb.each_window(model, x, target, "mse", schedule=fb.Truncated(3, k2)):
+            found.append(window.loss)
+            for part in window.state if write else ():
+                part[...] = 9
+        return found
+
+    assert losses(True) == losses(False)

@@ -219,21 +219,23 @@ class Broken:
 
 class TestAtomicWrite:
     @pytest.mark.parametrize("error", [OSError(28, "No space left"), KeyboardInterrupt()])
-    @pytest.mark.parametrize("where", ["save_file", "os.replace", "_flush", "os.chmod"])
+    @pytest.mark.parametrize(
+        "where", ["storage.save_file", "_files.os.replace", "_files._flush", "_files.os.chmod"]
+    )
     def test_a_failed_save_leaves_the_old_file_and_nothing_else(
         self, where, error, path, monkeypatch
     ):
         model = make_model()
         fb.save(path, model)
         before = path.read_bytes()
-        monkeypatch.setattr(f"fastbptt.storage.{where}", Broken(error))
+        monkeypatch.setattr(f"fastbptt.{where}", Broken(error))
         with pytest.raises(type(error)):
             fb.save(path, make_model("gru"))
         assert path.read_bytes() == before
         assert os.listdir(path.parent) == [path.name]
 
     def test_a_failed_first_save_leaves_nothing(self, path, monkeypatch):
-        monkeypatch.setattr("fastbptt.storage.os.replace", Broken(OSError(28, "No space left")))
+        monkeypatch.setattr("fastbptt._files.os.replace", Broken(OSError(28, "No space left")))
         with pytest.raises(OSError, match="No space left"):
             fb.save(path, make_model())
         assert os.listdir(path.parent) == []

@@ -407,6 +407,68 @@ def test_bad_states_are_refused(rng):
         stream.load_state_dict([])
 
 
+@pytest.mark.parametrize("rule", [fb.Truncated(2, 3), fb.RTRL()], ids=repr)
+def test_counters_that_cannot_be_are_refused(rule, rng):
+    """A core that believed them would read and write beyond its memory."""
+    x, target = data(rng, embedding=True)
+    stream = make_stream(rule, embedding=True)
+    stream.push(x[:4], target[:4])
+    before = stream.state_dict()
+
+    def refused(change, words):
+        state = stream.state_dict()
+        change(state)
+        with pytest.raises((ValueError, TypeError), match=words):
+            make_stream(rule, embedding=True).load_state_dict(state)
+        with pytest.raises((ValueError, TypeError), match=words):
+            stream.load_state_dict(state)
+        assert_identical(before, stream.state_dict())
+
+    for wrong in (-1, 3, 1000, None):
+        refused(lambda state, w=wrong: state["config"]["counters"].update(_since=w), "_since")
+    for name in ("steps", "_count"):
+        refused(lambda state, n=name: state["config"]["counters"].pop(n), name)
+    for lr in (-1.0, "a", None):
+        refused(lambda state, lr=lr: state["config"]["optimizer"].update(lr=lr), "lr")
+    for name in ("grads", "stream"):
+        refused(lambda state, n=name: state.update({n: None}), f"{name}.*wanted a mapping")
+    if not isinstance(rule, fb.Truncated):
+        return
+    for place, wrong in ((0, -1), (0, 10**9), (1, -5), (1, 4), (2, -1)):
+
+        def change(state, place=place, wrong=wrong):
+            state["stream"]["counters"][place] = wrong
+
+        refused(change, "counters")
+    for wrong in (-7, 10**9):
+        refused(lambda state, w=wrong: state["stream"]["ring_classes"].fill(w), "ring_classes")
+
+
+@pytest.mark.parametrize("use", ["push", "predict", "state_dict", "grads"])
+def test_a_loss_cannot_use_its_own_stream(use, rng):
+    def loss(output, target, steps):
+        if use == "grads":
+            return stream.grads
+        getattr(stream, use)(*([] if use == "state_dict" else [x]))
+        return 0.0, output
+
+    stream = make_stream(loss=loss)
+    x, target = (array[0] for array in data(rng))
+    with pytest.raises(RuntimeError, match="the stream that is calling it"):
+        stream.push(x, target)
+    stream.push(x)  # it is free again
+
+
+def test_a_loss_cannot_write_to_the_prediction(rng):
+    def loss(output, target, steps):
+        output -= 1
+        return 0.0, output
+
+    x, target = (array[0] for array in data(rng))
+    with pytest.raises(ValueError, match="read-only"):
+        make_stream(loss=loss).push(x, target)
+
+
 KILLED = """
 import sys, numpy as np, fastbptt as fb
 path, = sys.argv[1:]

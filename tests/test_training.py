@@ -394,3 +394,73 @@ def test_bad_gradients_of_a_callable(grad, error, words, rng):
     task = Task(rng, "gru", False, True)
     with pytest.raises(error, match=words):
         fb.value_and_grad(task.model, task.x, task.classes, lambda *_: (0.0, grad))
+
+
+class OneBuffer:
+    """A source that fills one and the same buffer with what it is asked for."""
+
+    def __init__(self, array):
+        self.array, self.shape, self.dtype = array, array.shape, array.dtype
+        self.buffer = np.empty_like(array)
+
+    def __getitem__(self, steps):
+        part = self.buffer[: steps.stop - steps.start]
+        part[...] = self.array[steps]
+        return part
+
+
+@pytest.mark.parametrize("schedule", [fb.Full(), fb.Truncated(4, 8), fb.Checkpointed(slots=3)])
+def test_a_source_may_reuse_its_memory(schedule, rng):
+    model = fb.Model(fb.GRU(3, 5, seed=0), fb.Linear(5, 2, seed=0))
+    x, target = rng.standard_normal((30, 2, 3), np.float32), rng.standard_normal((30, 2, 2), "f")
+    wanted = fb.value_and_grad(model, x, target, "mse", schedule=schedule)
+    got = fb.value_and_grad(model, OneBuffer(x), OneBuffer(target), "mse", schedule=schedule)
+    assert got.loss == wanted.loss
+    for name, grad in wanted.grads.items():
+        np.testing.assert_array_equal(got.grads[name], grad, err_msg=name)
+
+
+def test_a_part_of_a_source_has_the_dtype_of_the_whole(rng):
+    class Float64(OneBuffer):
+        def __getitem__(self, steps):
+            return super().__getitem__(steps).astype(np.float64)
+
+    model = fb.Model(fb.RNN(2, 3), fb.Linear(3, 4))
+    x, classes = np.zeros((5, 1, 2), np.float32), Float64(np.zeros((5, 1), np.int64))
+    with pytest.raises(TypeError, match="target: got dtype float64 for the steps 0 to 5"):
+        fb.value_and_grad(model, x, classes)
+    mask = Float64(np.ones((5, 1), np.bool_))
+    with pytest.raises(TypeError, match="loss_mask: got dtype float64 for the steps 0 to 5"):
+        fb.value_and_grad(model, x, classes.array, loss_mask=mask)
+
+
+def test_a_callable_cannot_write_to_what_the_way_back_reads(rng):
+    def in_place(output, target, steps):
+        output -= target
+        return float((output**2).sum()), 2 * output
+
+    model = fb.Model(fb.LSTM(2, 3))
+    x = rng.standard_normal((5, 1, 2), np.float32)
+    with pytest.raises(ValueError, match="read-only"):
+        fb.value_and_grad(model, x, np.zeros((5, 1, 3), np.float32), in_place)
+
+
+@pytest.mark.parametrize("where", ["x", "target", "state"])
+def test_grad_x_has_memory_of_its_own(where, rng):
+    model = fb.Model(fb.GRU(3, 3))
+    x, target = rng.standard_normal((2, 4, 2, 3), np.float32)
+    state = rng.standard_normal((1, 2, 3), np.float32)
+    shared = {"x": x, "target": target, "state": np.zeros((4, 2, 3), np.float32)}[where]
+    if where == "state":
+        state = shared[:1]
+    before = shared.copy()
+    with pytest.raises(ValueError, match=f"grad_x: got memory that {where} lies in"):
+        fb.value_and_grad(model, x, target, "mse", state, grad_x=shared)
+    np.testing.assert_array_equal(shared, before)
+
+
+def test_a_class_beyond_all_integers_is_named():
+    model = fb.Model(fb.RNN(2, 3))
+    classes = np.full((4, 1), 2**64 - 1, np.uint64)
+    with pytest.raises(ValueError, match=f"target: got class {2**64 - 1}"):
+        fb.value_and_grad(model, np.zeros((4, 1, 2), np.float32), classes, ignore_index=-1)

@@ -64,6 +64,7 @@ class Stream {
   virtual void gather(const py::list& grads) = 0;
   virtual void reset(const py::array& rows) = 0;
   virtual py::dict state() = 0;
+  // Of a stream that is not used if this throws.
   virtual void set_state(const py::dict& state) = 0;
 };
 
@@ -144,6 +145,7 @@ class StreamOf : public Stream {
 
   // Returns the sum of the losses of what counts, and how many numbers or classes do.
   py::tuple push(Block& block, Index begin, Index end) override {
+    if (begin < 0 || begin > end || end > block.n) throw py::value_error("push: no such steps");
     double sum = 0;
     Index count = 0;
     S* const predictions = static_cast<S*>(block.prediction.mutable_data());
@@ -237,6 +239,10 @@ class StreamOf : public Stream {
     for (const auto& [field, array] : found) {
       if (field.size)
         std::memcpy(field.data, array.data(), field.size * type_of(field.kind).second);
+    }
+    if (const char* const name = learner_->damaged()) {
+      throw py::value_error(std::string("state['stream']['") + name +
+                            "']: got numbers that no stream of this kind has");
     }
   }
 

@@ -316,7 +316,12 @@ class _CrossEntropy(_Fused):
         self.scale = 1.0 / count
 
     def _cut(self, begin: int, end: int) -> Array:
-        classes = super()._cut(begin, end).astype(np.int64, copy=False)
+        given = super()._cut(begin, end)
+        if given.dtype == np.uint64 and given.size and given.max() > np.iinfo(np.int64).max:
+            raise ValueError(
+                f"target: got class {given.max()}, wanted from 0 to {self._classes - 1}"
+            )
+        classes = given.astype(np.int64, copy=False)
         if self._mask is None:
             return classes
         return np.where(self._mask.take(begin, end), classes, self.ignore_index)
@@ -393,6 +398,10 @@ class _Custom:
             away = ~present(self._lengths, begin, end)
             if weights is not None:  # else it is zero there already
                 output[away] = 0.0
+        if weights is None:
+            # The way back reads it too.
+            output = output.view()
+            output.flags.writeable = False
         if self._batch_first:
             output = output.swapaxes(0, 1)
         target = self._target

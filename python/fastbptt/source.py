@@ -12,12 +12,15 @@ from fastbptt._arrays import Array, from_any
 
 def is_lazy(value: Any) -> bool:
     """Whether this is something to read in parts: it has a shape and a dtype, but is no array."""
-    return (
-        not isinstance(value, np.ndarray)
-        and hasattr(value, "shape")
-        and hasattr(value, "dtype")
-        and hasattr(value, "__getitem__")
-    )
+    if isinstance(value, np.ndarray) or not all(
+        hasattr(value, name) for name in ("shape", "dtype", "__getitem__")
+    ):
+        return False
+    try:
+        np.dtype(value.dtype)
+    except TypeError:  # a tensor, whose dtype is its library's own
+        return False
+    return True
 
 
 class Source:
@@ -40,7 +43,11 @@ class Source:
         self.lazy = is_lazy(value)
         self._value = value if self.lazy else from_any(name, value)
         self.shape = tuple(int(n) for n in self._value.shape)
-        self.dtype = self._value.dtype
+        self.dtype = np.dtype(self._value.dtype)
+
+    def overlaps(self, array: Array) -> bool:
+        """Whether the values lie, or may lie, where those of `array` do."""
+        return not self.lazy and np.may_share_memory(self._value, array)
 
     @property
     def leading(self) -> tuple[int, int]:
@@ -53,6 +60,11 @@ class Source:
         part = self._value[:, begin:end] if self._batch_first else self._value[begin:end]
         if self.lazy:
             part = from_any(self._name, part)
+            if part.dtype != self.dtype:
+                raise TypeError(
+                    f"{self._name}: got dtype {part.dtype} for the steps {begin} to {end}, wanted "
+                    f"{self.dtype}, which it has as a whole"
+                )
             axis = 1 if self._batch_first else 0
             wanted = (*self.shape[:axis], end - begin, *self.shape[axis + 1 :])
             if part.shape != wanted:
@@ -60,6 +72,8 @@ class Source:
                     f"{self._name}: got shape {part.shape} for the steps {begin} to {end}, "
                     f"wanted {wanted}"
                 )
+            # The next part may come in the same memory, while this one is still wanted.
+            part = part.copy()
         return part.swapaxes(0, 1) if self._batch_first else part
 
 

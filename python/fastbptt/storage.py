@@ -14,10 +14,8 @@ from __future__ import annotations
 import errno
 import json
 import os
-import secrets
-import stat
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -25,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from fastbptt._arrays import Array
+from fastbptt._files import replacing
 from fastbptt.model import Model
 from fastbptt.optimizers import SGD, Adam, Optimizer, RMSprop
 
@@ -91,7 +90,7 @@ def save(
         raise TypeError(f"extra: got what JSON cannot hold: {error}") from error
     # The format knows C order only.
     tensors = {name: np.asarray(array, order="C") for name, array in tensors.items()}
-    with _replacing(target) as temporary:
+    with replacing(target) as temporary:
         try:
             save_file(tensors, temporary, metadata={_KEY: text})
         except SafetensorError as error:
@@ -247,51 +246,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
     raise TypeError(f"{type(value).__name__} ({value!r:.80})")
-
-
-@contextmanager
-def _replacing(path: str) -> Iterator[str]:
-    """Give the name of a file to write; at the end it takes the place of `path`, or is gone."""
-    # Through a link, so that the link stays one.
-    target = os.path.realpath(path)
-    try:
-        mode = os.stat(target).st_mode
-    except FileNotFoundError:
-        pass
-    else:
-        if stat.S_ISDIR(mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
-        if not stat.S_ISREG(mode):
-            raise OSError(errno.EINVAL, "not a regular file", path)
-    folder, name = os.path.split(target)
-    temporary = os.path.join(folder, f".{name[:100]}.{secrets.token_hex(4)}.tmp")
-    try:
-        # Made here, so that the file gets the permissions that any new file gets.
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        new_mode = os.fstat(handle).st_mode
-        os.close(handle)
-        yield temporary
-        with suppress(FileNotFoundError):
-            new_mode = os.stat(target).st_mode
-        os.chmod(temporary, stat.S_IMODE(new_mode))
-        _flush(temporary)
-        os.replace(temporary, target)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(error.errno, error.strerror, path) from error
-    finally:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
-    if os.name == "posix":
-        _flush(folder)
-
-
-def _flush(path: str) -> None:
-    """Have the system write to the disk what it holds of a file, or of the names in a folder."""
-    handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextmanager

@@ -139,7 +139,7 @@ class Stream:
         self._count = 0  # targets whose gradients are in _grads
         self._grads = {name: np.zeros_like(p) for name, p in self._parameters.items()}
         self._grad_list = list(self._grads.values())
-        self._lock = threading.Lock()
+        self._lock: threading.Lock | _InLoss = threading.Lock()
         self._batch_size = None
         self._core: _core.Stream | None = None
         if batch_size is not None:
@@ -651,7 +651,13 @@ class Stream:
             part = target[:, t : t + 1].swapaxes(0, 1)
         else:
             part = target[t : t + 1]
-        value, grad = as_pair(self.loss(output, part, slice(self.steps, self.steps + 1)))
+        output = output.view()
+        output.flags.writeable = False  # it is what the push returns
+        free, self._lock = self._lock, _InLoss(self._lock)
+        try:
+            value, grad = as_pair(self.loss(output, part, slice(self.steps, self.steps + 1)))
+        finally:
+            self._lock = free
         core.keep(as_array("grad_output of loss", grad, self.model.dtype))
         return value, 1
 
@@ -711,33 +717,63 @@ class Stream:
         B = theirs["batch_size"]
         if self._batch_size not in (None, B):
             raise ValueError(f"state: got {B} streams, wanted {self._batch_size}")
+        for name, part in (("config']['counters", theirs["counters"]), ("grads", state["grads"])):
+            if not isinstance(part, Mapping):
+                raise TypeError(f"state['{name}']: got {type(part).__name__}, wanted a mapping")
         counters = {
-            name: as_size(f"state['config']['counters'][{name!r}]", theirs["counters"][name], 0)
+            name: as_size(f"state['config']['counters'][{name!r}]", theirs["counters"].get(name), 0)
             for name in _COUNTERS
         }
+        if counters["_since"] > self._every:
+            raise ValueError(
+                f"state['config']['counters']['_since']: got {counters['_since']}, wanted at most "
+                f"{self._every}, the steps from one update to the next"
+            )
         core = None if B is None else self._new_core(as_size("batch_size", B))
         if core is not None:
-            core.set_state(dict(state["stream"]))
+            stream = state["stream"]
+            if not isinstance(stream, Mapping):
+                raise TypeError(f"state['stream']: got {type(stream).__name__}, wanted a mapping")
+            core.set_state(dict(stream))
         grads = state["grads"]
         for name, grad in self._grads.items():
             got = grads.get(name)
             if not isinstance(got, ndarray) or got.shape != grad.shape or got.dtype != grad.dtype:
                 raise ValueError(f"state['grads'][{name!r}]: wanted {grad.dtype} {grad.shape}")
         before = {name: p.copy() for name, p in self._parameters.items()}
+        optimizer = self.optimizer
+        lr = None if optimizer is None else optimizer.lr
         try:
             self.model.load_state_dict(state["parameters"])
-            if self.optimizer is not None:
-                self.optimizer.load_state_dict(state["optimizer"])
+            if optimizer is not None:
+                optimizer.lr = theirs["optimizer"].get("lr")
+                optimizer.load_state_dict(state["optimizer"])
         except BaseException:
             self.model.load_state_dict(before)
+            if optimizer is not None and lr is not None:
+                optimizer.lr = lr
             raise
-        if self.optimizer is not None:
-            self.optimizer.lr = theirs["optimizer"]["lr"]
         for name, grad in self._grads.items():
             np.copyto(grad, grads[name])
         self._core, self._batch_size = core, B
         for name, value in counters.items():
             setattr(self, name, value)
+
+
+class _InLoss:
+    """A lock that is held while a loss runs: who waits for it there would wait for ever."""
+
+    def __init__(self, lock: threading.Lock | _InLoss) -> None:
+        self._lock = lock
+        self._thread = threading.get_ident()
+
+    def __enter__(self) -> None:
+        if threading.get_ident() == self._thread:
+            raise RuntimeError("a loss was about to use the stream that is calling it")
+        self._lock.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.__exit__(None, None, None)
 
 
 _STATE = ("config", "parameters", "optimizer", "stream", "grads")

@@ -149,7 +149,7 @@ def value_and_grad(
         loss, model, target, source.T, source.B, ignore_index, batch.get("lengths"), loss_mask
     )
     if grad_x is not None:
-        _check_grad_x(grad_x, source, model)
+        _check_grad_x(grad_x, source, model, target, state)
         grad_x[...] = 0
     if isinstance(schedule, Segmented):
         sums = run_segmented(model, source, objective, state, schedule, grad_x, batch)
@@ -259,10 +259,18 @@ def _windows(
         for action in actions:
             run.do(action)
         begin, state = run.present
-        yield run.result(end, end - new)
+        found = run.result(end, end - new)
+        yield found._replace(state=_copied(found.state))
 
 
-def _check_grad_x(grad_x: Any, source: _Input, model: Model) -> None:
+def _copied(state: Any) -> Any:
+    """Return the arrays of a state anew: the caller may write to what a window gave."""
+    if isinstance(state, tuple):
+        return tuple(part.copy() for part in state)
+    return state.copy()
+
+
+def _check_grad_x(grad_x: Any, source: _Input, model: Model, target: Any, state: Any) -> None:
     if model.embedding is not None:
         raise ValueError("grad_x: got an array for a model with an embedding, wanted None")
     if not isinstance(grad_x, np.ndarray):
@@ -273,6 +281,12 @@ def _check_grad_x(grad_x: Any, source: _Input, model: Model) -> None:
         raise TypeError(f"grad_x: got dtype {grad_x.dtype}, wanted {model.compute_dtype}")
     if not grad_x.flags.writeable:
         raise ValueError("grad_x: got a read-only array, wanted a writable one")
+    states = state if isinstance(state, (tuple, list)) else (state,)
+    for name, other in (("target", target), *(("state", part) for part in states)):
+        if isinstance(other, np.ndarray) and np.may_share_memory(grad_x, other):
+            raise ValueError(f"grad_x: got memory that {name} lies in, wanted memory of its own")
+    if source.source.overlaps(grad_x):
+        raise ValueError("grad_x: got memory that x lies in, wanted memory of its own")
 
 
 def _fitting(T: int, needs: Needs) -> Schedule:

@@ -58,6 +58,8 @@ class OnlineLearner {
   // Begins the streams with a byte in rows [B] anew: no error reaches back beyond.
   virtual void reset(const std::uint8_t* rows) = 0;
   virtual std::vector<OnlineField> fields() = 0;
+  // After fields were written from outside: the name of one whose values cannot be, or null.
+  virtual const char* damaged() const { return nullptr; }
 };
 
 template <class S>

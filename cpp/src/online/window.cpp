@@ -151,6 +151,21 @@ class Window : public OnlineLearner<S> {
     return all;
   }
 
+  const char* damaged() const override {
+    const auto within = [](std::int64_t value, std::int64_t most) {
+      return value >= 0 && value <= most;
+    };
+    constexpr std::int64_t many = std::int64_t(1) << 62;
+    if (!within(counters_[0], slots_ - 1) || !within(counters_[1], k2_) ||
+        !within(counters_[2], many)) {
+      return "counters";
+    }
+    for (Index k = 0; k < classes_.size(); ++k) {
+      if (!within(classes_.data()[k], V_ ? V_ - 1 : 0)) return "ring_classes";
+    }
+    return nullptr;
+  }
+
  private:
   struct Steps {
     Buffer<S> tape, x, y, grad_y;

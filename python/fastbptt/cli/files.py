@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from fastbptt._files import replacing
 from fastbptt.cli.errors import RunError, UsageError
 
 
@@ -71,6 +71,12 @@ def check_picture(path: str, option: str, json: str | None) -> None:
         )
 
 
+def check_apart(path: str, option: str, used: Iterable[str | None]) -> None:
+    """Refuse to write where something is that the command reads or writes."""
+    if any(name is not None and same_file(path, name) for name in used):
+        raise UsageError(f"{option}: {path!r} is in use; wanted another name")
+
+
 def same_file(a: str, b: str) -> bool:
     """Whether the two names lead to one file, also before it exists."""
     return os.path.realpath(a) == os.path.realpath(b)
@@ -88,16 +94,18 @@ def write_json(path: str, content: dict[str, Any]) -> None:
 
 
 def write_whole(path: str, option: str, write: Callable[[str], None]) -> None:
-    """Let `write` write under a temporary name and rename it, so that no reader sees half of it."""
-    temporary = f"{path}.{os.getpid()}.tmp"
+    """Let `write` write under another name, so that no reader sees half of it, and rename it.
+
+    What is no regular file, such as a pipe or `/dev/stdout`, is written to as it is.
+    """
     try:
-        write(temporary)
-        os.replace(temporary, path)
+        if os.path.exists(path) and not os.path.isfile(path):
+            write(path)
+            return
+        with replacing(path) as temporary:
+            write(temporary)
     except OSError as error:
         raise RunError(f"{option}: cannot write {path!r}: {_reason(error)}") from error
-    finally:
-        with suppress(OSError):
-            os.unlink(temporary)
 
 
 def _reason(error: Exception) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,7 +48,10 @@ def flow(arguments: argparse.Namespace) -> int:
     at = None if arguments.targets == "all" else -1
     flows = {}
     for name, model in models.items():
-        found = fb.gradient_flow(model, task.x, task.target, task.loss, at=at)
+        try:
+            found = fb.gradient_flow(model, task.x, task.target, task.loss, at=at)
+        except (ValueError, TypeError) as error:
+            raise UsageError(f"MODEL: {arguments.model!r}: {error}") from error
         if not all_finite([found.loss]):
             raise RunError(f"{arguments.model}: the loss is {found.loss}; there is no gradient")
         flows[name] = found
@@ -69,6 +73,14 @@ def _check_files(arguments: argparse.Namespace) -> None:
     files.check_picture(arguments.plot, "--plot", arguments.json)
     if arguments.json is not None:
         files.check_writable(arguments.json, "--json")
+    _check_apart(arguments, (arguments.model, arguments.file, arguments.series))
+
+
+def _check_apart(arguments: argparse.Namespace, used: Iterable[str | None]) -> None:
+    names = list(used)
+    files.check_apart(arguments.plot, "--plot", names)
+    if arguments.json is not None:
+        files.check_apart(arguments.json, "--json", names)
 
 
 def _new_models(arguments: argparse.Namespace) -> dict[str, fb.Model]:
@@ -92,6 +104,7 @@ def _saved(arguments: argparse.Namespace, rng: np.random.Generator) -> tuple[fb.
     if not isinstance(source, dict):
         raise UsageError(f"MODEL: {path!r} does not say what it was trained on; wanted --random")
     data = open_again(source, given, extra.get("fingerprint"), path, "MODEL")
+    _check_apart(arguments, (data.source.get("file"), data.source.get("series")))
     return model, _data_task(data, arguments)
 
 
@@ -111,7 +124,7 @@ def _random_task(model: fb.Model, arguments: argparse.Namespace, rng: np.random.
     """Return noise, of the shape that the model takes and gives."""
     steps, rows = arguments.steps, arguments.rows
     readout = model.readout
-    width = model.recurrent.hidden_size if readout is None else readout.out_features
+    width = model.recurrent.output_size if readout is None else readout.out_features
     what = f"{rows} x {steps} steps of noise"
     shape = (rows, steps) if model.batch_first else (steps, rows)
     if model.embedding is not None:

@@ -187,7 +187,7 @@ def _add_train(train: argparse.ArgumentParser) -> None:
         "--seed", type=whole(0), metavar="N", help=f"of the first weights, {_default('seed')}"
     )
     how.add_argument(
-        "--threads", type=whole(1, 4096), metavar="N", help="default: all that the process may use"
+        "--threads", type=whole(1, 1024), metavar="N", help="default: all that the process may use"
     )
     how.add_argument(
         "--steps", type=whole(1), metavar="N", help="updates in total, those before --resume too"

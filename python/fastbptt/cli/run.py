@@ -144,8 +144,7 @@ def _check_options(arguments: argparse.Namespace, data: Data, settings: Settings
         )
     if arguments.json is not None:
         files.check_writable(arguments.json, "--json")
-        if any(files.same_file(arguments.json, name) for name in (path, *source)):
-            raise UsageError(f"--json: {arguments.json!r} is in use; wanted another name")
+        files.check_apart(arguments.json, "--json", (path, *source))
 
 
 def model_path(arguments: argparse.Namespace) -> str:

@@ -25,8 +25,10 @@ def text_model(path: str) -> tuple[fb.Model, str]:
     """Return a text model and its vocabulary."""
     model, _, extra = load(path, "MODEL")
     if extra.get("kind") == "series":
+        source = extra.get("source")
+        column = source.get("column") if isinstance(source, dict) else None
         raise UsageError(
-            f"MODEL: {path!r} forecasts the series {extra.get('source', {}).get('column')!r}; "
+            f"MODEL: {path!r} forecasts the series {column!r}; "
             "wanted a model that was trained on a text"
         )
     vocabulary = extra.get("vocabulary")
@@ -34,11 +36,13 @@ def text_model(path: str) -> tuple[fb.Model, str]:
         raise UsageError(
             f"MODEL: {path!r} has no vocabulary; wanted a file that `fastbptt train` has saved"
         )
-    rows = model.parameters()["0.weight"].shape[0]
-    if rows != len(vocabulary):
-        raise UsageError(
-            f"MODEL: {path!r} has a vocabulary of {len(vocabulary)} characters, wanted {rows}"
-        )
+    if model.embedding is None or model.readout is None:
+        raise UsageError(f"MODEL: {path!r} has no embedding or no readout; wanted a model of text")
+    for size in (model.embedding.num_embeddings, model.readout.out_features):
+        if size != len(vocabulary):
+            raise UsageError(
+                f"MODEL: {path!r} has a vocabulary of {len(vocabulary)} characters, wanted {size}"
+            )
     return model, vocabulary
 
 

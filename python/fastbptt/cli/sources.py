@@ -47,6 +47,8 @@ def open_again(
     path, option : str
         The file of the run, and what names it on the command line.
     """
+    if source.keys() not in ({"file"}, {"series", "column"}):
+        raise UsageError(f"{option}: {path!r} does not say what it was trained on")
     given = given or source
     if given.keys() != source.keys():
         raise UsageError(
