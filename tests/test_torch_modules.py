@@ -982,3 +982,29 @@ def test_examples_of_the_documentation():
     assert len(examples) == 2
     for example in examples:
         exec(example, {})
+
+
+@pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"])
+def test_symbolic_trace_sees_a_module(kind):
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = torch.nn.ModuleDict({"layer": getattr(ft, kind)(3, 4)})
+
+        def forward(self, x, h=None):
+            return self.inner["layer"](x, h), self.inner["layer"](x + 1)
+
+    net = Net()
+    traced = torch.fx.symbolic_trace(net, concrete_args={"h": None})
+    calls = [node.target for node in traced.graph.nodes if node.op == "call_module"]
+    assert calls == ["inner.layer"] * 2
+    x = torch.randn(*([] if "Cell" in kind else [5]), 2, 3)
+    for got, want in zip(traced(x), net(x), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+def test_an_output_that_was_changed_in_place_is_refused_by_backward():
+    y, _ = ft.GRU(3, 4)(torch.randn(5, 2, 3))
+    y = torch.nn.functional.relu_(y)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.nn.modules.rnn import RNNCellBase
 
 from fastbptt.torch._eligible import eligible, split_state, under_autocast
+from fastbptt.torch._leaf import as_leaf
 from fastbptt.torch._ops import recurrent
 from fastbptt.torch._verbs import Run
 
@@ -36,7 +38,8 @@ class _Cell(RNNCellBase):
         ValueError, RuntimeError
             As in `torch.nn`.
         """
-        results = self._step(input, hx) if isinstance(input, Tensor) else None
+        step = self._step if isinstance(input, Tensor) else partial(as_leaf, self)
+        results = step(input, hx)
         return super().forward(input, hx) if results is None else results
 
     def _cell(self) -> str | None:

@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastbptt.torch._dropout import with_dropout
 from fastbptt.torch._eligible import eligible, split_state, under_autocast
+from fastbptt.torch._leaf import as_leaf
 from fastbptt.torch._ops import recurrent
 from fastbptt.torch._unseen import unseen
 from fastbptt.torch._verbs import Run
@@ -54,7 +55,7 @@ class _Layers(torch.nn.RNNBase):
         elif isinstance(input, Tensor):
             results = self._forward_tensor(input, hx)
         else:
-            results = None
+            results = as_leaf(self, input, hx)
         return super().forward(input, hx) if results is None else results
 
     # torch.compile refuses recurrent layers unless told otherwise, and then takes each function
