@@ -345,3 +345,10 @@ def test_bad_arguments(call, error, words):
     """They are refused at the call, not when the first action is asked for."""
     with pytest.raises(error, match=words):
         call()
+
+
+def test_explain_refuses_what_cannot_be_cut():
+    with pytest.raises(TypeError, match="model: got GRU, wanted a Model"):
+        fb.Checkpointed(slots=3).explain(fb.GRU(2, 3), 10, 1)
+    with pytest.raises(ValueError, match="wanted one direction"):
+        fb.Checkpointed(slots=3).explain(fb.Model(fb.GRU(2, 3, bidirectional=True)), 10, 1)

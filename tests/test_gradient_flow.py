@@ -500,3 +500,9 @@ def test_the_examples_run(module):
     if module is flow_plot:
         require("matplotlib")
     assert doctest.testmod(module).failed == 0
+
+
+def test_norms_that_are_no_numbers_have_no_half_life():
+    flow = fb.GradientFlow(loss=1.0, h=np.array([[np.nan, np.nan, 1.0]]), c=None)
+    assert np.isnan(flow.half_life())
+    assert "0.0 steps" not in str(flow.vanishing())

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import re
 import sys
 import weakref
 
@@ -754,3 +755,11 @@ class TestThreads:
         with pytest.raises(error, match=r"n: got|threads"):
             fb.set_num_threads(n)
         assert fb.get_num_threads() == before
+
+
+def test_odd_settings_are_named():
+    with pytest.raises(ValueError, match=re.escape("init: got []")):
+        fb.LSTM(3, 4, init=[])
+    swapped = np.dtype(np.float32).newbyteorder()
+    with pytest.raises(ValueError, match="wanted the byte order of this machine"):
+        fb.LSTM(3, 4, dtype=swapped)

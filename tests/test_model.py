@@ -248,3 +248,17 @@ class TestBadInput:
         _, state = model([[1, 2]])
         with pytest.raises(ValueError, match=r"state\[0\]: got shape \(2, 2, 5\)"):
             model([[1]], state)
+
+
+def test_settings_stay():
+    model = fb.Model(fb.Embedding(5, 3), fb.LSTM(3, 4, 2, dropout=0.5), fb.Linear(4, 5))
+    for part in (model, *model.parts):
+        names = (
+            ["recurrent", "parts", "readout"] if part is model else set(part.config()) - {"type"}
+        )
+        for name in names:
+            before = getattr(part, name)
+            with pytest.raises(AttributeError, match=f"{name}: got None, but the settings of a"):
+                setattr(part, name, None)
+            assert getattr(part, name) is before
+    model.recurrent.note = "what is no setting may be set"

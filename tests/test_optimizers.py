@@ -315,3 +315,13 @@ def test_bad_clipping_changes_nothing(grads, max_norm, error, words):
         fb.clip_grad_norm(grads, max_norm)
     for grad in grads.values() if isinstance(grads, dict) else grads:
         assert np.all(np.asarray(grad) == 1.0)
+
+
+def test_settings_stay_but_the_learning_rate():
+    for optimizer in (fb.SGD({"w": np.zeros(3)}), fb.Adam({"w": np.zeros(3)})):
+        optimizer.lr = 0.5
+        before = optimizer.config()
+        for name in set(before) - {"lr"}:
+            with pytest.raises(AttributeError, match=f"{name}: got 0.9, but the settings of a"):
+                setattr(optimizer, name, 0.9)
+        assert optimizer.config() == before

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import doctest
 import importlib
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -577,3 +579,19 @@ def test_empty_blocks(rng):
     assert pushed.prediction.shape == (0, 2, 4)
     assert pushed.loss == 0.0
     assert_identical(before, stream.state_dict())
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_a_gradient_of_a_loss_is_finite(wrong, rng):
+    stream = make_stream(loss=lambda output, target, steps: (0.0, np.full_like(output, wrong)))
+    x, target = (array[0] for array in data(rng))
+    before = stream.state_dict()["parameters"]
+    with pytest.raises(ValueError, match="grad_output of loss: got -?(nan|inf)"):
+        stream.push(x, target)
+    assert_identical(before, stream.state_dict()["parameters"])
+
+
+def test_it_says_how_to_copy_it():
+    for copied in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="state_dict"):
+            copied(make_stream())

@@ -1,5 +1,6 @@
 // Streams that learn while they run: the learner of the recurrent layers, with the embedding before
 // it and the readout and the loss behind it, so that a step is one call.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -171,7 +172,14 @@ class StreamOf : public Stream {
   void keep(const py::object& grad) override {
     if (!grad.is_none()) {
       const py::array array = contiguous(checked<S>("grad_output of loss", grad, {1, B_, N_}));
-      std::copy_n(data<S>(array), B_ * N_, grad_prediction_.data());
+      const S* const values = data<S>(array);
+      const S* const wrong =
+          std::find_if_not(values, values + B_ * N_, [](S value) { return std::isfinite(value); });
+      if (wrong != values + B_ * N_) {
+        throw py::value_error("grad_output of loss: got " + std::to_string(*wrong) +
+                              ", wanted finite numbers");
+      }
+      std::copy_n(values, B_ * N_, grad_prediction_.data());
     }
     learn(!grad.is_none());
   }

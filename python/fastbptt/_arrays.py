@@ -106,8 +106,10 @@ def as_dtype(value: DTypeLike) -> np.dtype[Any]:
         dtype = None
     if dtype is None:
         raise TypeError(f"dtype: got {value!r}, wanted {_DTYPES}")
-    if dtype not in (np.float32, np.float64) and dtype.name != "bfloat16":
+    if dtype.newbyteorder("=") not in (np.float32, np.float64) and dtype.name != "bfloat16":
         raise ValueError(f"dtype: got {dtype.name!r}, wanted {_DTYPES}")
+    if not dtype.isnative:
+        raise ValueError(f"dtype: got {value!r}, wanted the byte order of this machine")
     return dtype
 
 

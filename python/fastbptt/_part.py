@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 
 from fastbptt._arrays import Array, as_array, compute_dtype
+from fastbptt._settled import Settled
 
 StateT = TypeVar("StateT")
 PartT = TypeVar("PartT", bound="Part")
@@ -33,7 +34,7 @@ class Gradients(Generic[StateT]):
     weights: dict[str, Array]
 
 
-class Part:
+class Part(Settled):
     """A part of a model: settings that do not change, and parameters that do."""
 
     kind: ClassVar[str]  # the name in `config`; a subclass of a user is saved as what it extends
@@ -105,6 +106,9 @@ class Part:
 
     def _settings(self) -> dict[str, Any]:
         raise NotImplementedError
+
+    def _settled(self) -> Container[str]:
+        return self._settings()
 
     # Checks and sets all settings, given by name; refuses sizes that the machine cannot hold.
     _configure: Callable[..., None]

@@ -163,6 +163,13 @@ class Checkpointed:
         str
             Slots, segments, what is run again, and the peak of what is allocated.
 
+        Raises
+        ------
+        TypeError
+            `model` is no Model, or a size no integer.
+        ValueError
+            A size is too small, the model runs in two directions, or the memory is too small.
+
         Examples
         --------
         >>> import fastbptt as fb
@@ -170,6 +177,12 @@ class Checkpointed:
         >>> print(fb.Checkpointed(slots=50).explain(model, T=1020, B=16).split(";")[0])
         50 slots, 51 segments of 20 steps
         """
+        if not isinstance(model, Model):
+            raise TypeError(f"model: got {type(model).__name__}, wanted a Model")
+        if model.recurrent.bidirectional:
+            raise ValueError(
+                f"model: got {model.recurrent!r}, wanted one direction: time cannot be cut in two"
+            )
         T, B = as_size("T", T), as_size("B", B)
         needs = needs_of(model, T, B)
         slots, segment = self.division(T, needs)

@@ -96,7 +96,8 @@ class GradientFlow:
         float
             From the slope of the line of least squares through `log2` of the norms against the
             distance; norms of zero are left out. `inf` where the line does not fall, or is no line
-            as there is but one step; 0 where nothing comes as far as one step.
+            as there is but one step; 0 where nothing comes as far as one step; NaN where less than
+            two norms are finite.
 
         Raises
         ------
@@ -116,6 +117,8 @@ class GradientFlow:
         norms = self.h[self._layers(layer)[0]]
         slope = _slope(norms, self.distance)
         if slope is None:
+            if not np.isfinite(norms).all():
+                return math.nan
             return math.inf if len(norms) < 2 or norms[-1] == 0.0 else 0.0
         # A line that is level but for rounding would have a half-life of millions of steps.
         return -1.0 / slope if slope * len(norms) < -1e-9 else math.inf

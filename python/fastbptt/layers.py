@@ -182,7 +182,7 @@ class Recurrent(Part, Generic[StateT]):
         forget_bias: float | None = None,
         chrono: float | None = None,
     ) -> None:
-        if init not in initialisers.LAYERS:
+        if not isinstance(init, str) or init not in initialisers.LAYERS:
             raise ValueError(f"init: got {init!r}, wanted 'uniform' or 'orthogonal'")
         biases = {"forget_bias": forget_bias, "chrono": chrono}
         given = {name: as_finite(name, v) for name, v in biases.items() if v is not None}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike
 
 from fastbptt._arrays import Array, as_index
 from fastbptt._part import Part, PartT, copy_in
+from fastbptt._settled import Settled
 from fastbptt.embedding import Embedding
 from fastbptt.layers import GRU, LSTM, RNN, Recurrent
 from fastbptt.linear import Linear
@@ -20,7 +21,7 @@ _KINDS: dict[str, type[Part]] = {kind.kind: kind for kind in (Embedding, RNN, LS
 _WANTED = "an Embedding or none, one recurrent layer, a Linear or none, in that order"
 
 
-class Model:
+class Model(Settled):
     """An optional Embedding, recurrent layers, and an optional Linear, one after the other.
 
     Parameters
@@ -89,6 +90,9 @@ class Model:
         self.embedding = embedding
         self.recurrent = recurrent
         self.readout = readout
+
+    def _settled(self) -> Container[str]:
+        return ("parts", "embedding", "recurrent", "readout")
 
     @property
     def dtype(self) -> np.dtype[Any]:

@@ -12,7 +12,7 @@ bfloat16, and would be lost one by one.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -20,6 +20,7 @@ import numpy as np
 
 from fastbptt._arrays import Array, as_bool, as_finite, compute_dtype
 from fastbptt._part import listed
+from fastbptt._settled import Settled
 
 # Numbers that a step goes through at a time.
 _BLOCK = 1 << 15
@@ -64,16 +65,19 @@ class _Block:
             begin += view.size
 
 
-class Optimizer:
+class Optimizer(Settled):
     """What all optimisers have in common: parameters, and buffers of their sizes.
 
     Attributes
     ----------
     lr : float
-        The learning rate; it may be set between steps.
+        The learning rate; it may be set between steps, which the other settings may not.
     """
 
     _hyperparameters: ClassVar[tuple[str, ...]]
+
+    def _settled(self) -> Container[str]:
+        return self._hyperparameters
 
     def __init__(self, parameters: Mapping[str, Array], lr: float) -> None:
         if not isinstance(parameters, Mapping):

@@ -413,6 +413,9 @@ class Stream:
                 "grads": {name: grad.copy() for name, grad in self._grads.items()},
             }
 
+    def __getstate__(self) -> Any:
+        raise TypeError("a Stream cannot be copied or pickled; wanted state_dict() or save()")
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned, bit for bit; all is checked first.
 
