@@ -164,6 +164,45 @@ def test_other_threads_run_beside_a_call(verb):
     assert np.diff(during).max() < 0.5 * (end - start)
 
 
+def interrupt_block() -> None:
+    """Runs in a process of its own: an interrupted block has counted what it has learnt."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    model = fb.Model(fb.GRU(8, 96, seed=0))
+    streams = [fb.Stream(model, "mse", fb.RTRL(every=10**6)) for _ in range(2)]
+    x, target = np.ones((3000, 1, 8), np.float32), np.ones((3000, 1, 96), np.float32)
+    for stream in streams:
+        stream.push(x[:1], target[:1])
+    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    began = time.perf_counter()
+    try:
+        streams[0].push(x[1:], target[1:])
+    except KeyboardInterrupt:
+        taken = time.perf_counter() - began
+    else:
+        sys.exit("the push ended as if nothing had happened")
+    if taken > 0.3 + PATIENCE:
+        sys.exit(f"the push went on for {taken:.2f} s")
+    steps = streams[0].steps
+    streams[1].push(x[1:steps], target[1:steps])
+    for a, b in zip(*(stream.state_dict()["stream"].values() for stream in streams), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert streams[0].state_dict()["config"] == streams[1].state_dict()["config"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no SIGINT for one process on Windows")
+def test_ctrl_c_in_a_block_of_a_stream():
+    done = subprocess.run(
+        [sys.executable, "-c", "import test_interrupt; test_interrupt.interrupt_block()"],
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_calls_from_several_threads_do_not_mix():
     layer = fb.GRU(7, 33, 2, dtype="float64", seed=0)
     rng = np.random.default_rng(0)

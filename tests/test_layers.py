@@ -761,5 +761,5 @@ def test_odd_settings_are_named():
     with pytest.raises(ValueError, match=re.escape("init: got []")):
         fb.LSTM(3, 4, init=[])
     swapped = np.dtype(np.float32).newbyteorder()
-    with pytest.raises(ValueError, match="wanted the byte order of this machine"):
+    with pytest.raises(ValueError, match="in this machine's byte order"):
         fb.LSTM(3, 4, dtype=swapped)

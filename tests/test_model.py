@@ -253,10 +253,8 @@ class TestBadInput:
 def test_settings_stay():
     model = fb.Model(fb.Embedding(5, 3), fb.LSTM(3, 4, 2, dropout=0.5), fb.Linear(4, 5))
     for part in (model, *model.parts):
-        names = (
-            ["recurrent", "parts", "readout"] if part is model else set(part.config()) - {"type"}
-        )
-        for name in names:
+        own = ["recurrent", "parts", "readout"]
+        for name in own if part is model else set(part.config()) - {"type"}:
             before = getattr(part, name)
             with pytest.raises(AttributeError, match=f"{name}: got None, but the settings of a"):
                 setattr(part, name, None)

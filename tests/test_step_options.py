@@ -309,3 +309,17 @@ def test_wrong_arguments():
         fb.gradient_flow(model, x, np.zeros((4, 2, 4), np.float32), "mse")
     with pytest.raises(ValueError, match="a stream has no peephole"):
         fb.Stream(model, "mse", fb.Truncated(1))
+
+
+def test_the_tape_does_not_follow_flags_that_change(rng):
+    layer = fb.LSTM(3, 4, seed=0)
+    x = rng.standard_normal((6, 2, 3), "f")
+    mask, resets = np.ones((6, 2), bool), np.zeros((6, 2), bool)
+    mask[3, 1], resets[2, 0] = False, True
+    found = []
+    for change in (False, True):
+        y, _, tape = layer.forward(x, mask=mask, resets=resets)
+        if change:
+            mask[:], resets[:] = True, False
+        found.append(layer.backward(tape, np.ones_like(y)).x)
+    np.testing.assert_array_equal(*found)

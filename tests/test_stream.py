@@ -586,7 +586,7 @@ def test_a_gradient_of_a_loss_is_finite(wrong, rng):
     stream = make_stream(loss=lambda output, target, steps: (0.0, np.full_like(output, wrong)))
     x, target = (array[0] for array in data(rng))
     before = stream.state_dict()["parameters"]
-    with pytest.raises(ValueError, match="grad_output of loss: got -?(nan|inf)"):
+    with pytest.raises(ValueError, match=r"grad_output of loss: got -?(nan|inf)"):
         stream.push(x, target)
     assert_identical(before, stream.state_dict()["parameters"])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import signal
@@ -150,6 +151,76 @@ def test_the_count_may_change_while_calls_run():
             assert_close(run_library(problem, layer), expected, 2.0 * rounding(problem))
 
     in_threads(3, calls)
+
+
+def test_a_loss_is_right_while_the_count_changes(rng):
+    model = fb.Model(fb.RNN(8, 64, seed=0), fb.Linear(64, 500, seed=0))
+    x, target = rng.standard_normal((40, 16, 8), "f"), rng.integers(0, 500, (40, 16))
+    expected = fb.value_and_grad(model, x, target).loss
+    before = fb.get_num_threads()
+    ended = threading.Event()
+
+    def change():
+        for n in itertools.cycle((1, 2, 64)):
+            fb.set_num_threads(n)
+            if ended.is_set():
+                return
+
+    changing = threading.Thread(target=change)
+    changing.start()
+    try:
+        for _ in range(100):
+            assert abs(fb.value_and_grad(model, x, target).loss - expected) < 1e-5
+    finally:
+        ended.set()
+        changing.join()
+        fb.set_num_threads(before)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity to set")
+def test_the_bits_do_not_depend_on_the_cpus():
+    program = """
+import os, sys, numpy as np, fastbptt as fb
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(sys.argv[1])])
+fb.set_num_threads(2)
+layer = fb.LSTM(64, 256, seed=0)
+y, _, tape = layer.forward(np.random.default_rng(0).standard_normal((50, 4, 64), "f"))
+sys.stdout.buffer.write(b"".join(g.tobytes() for g in layer.backward(tape, y).weights.values()))
+"""
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", program, cpus], capture_output=True, check=True, timeout=60
+        ).stdout
+        for cpus in ("1", "2")
+    ]
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("call", ["layer(x)", "fb.value_and_grad(model, x, target)"])
+def test_a_daemon_may_compute_at_the_end_of_the_process(call):
+    program = f"""
+import threading, time, numpy as np, fastbptt as fb
+layer = fb.GRU(4, 8)
+model = fb.Model(layer, fb.Linear(8, 3))
+x, target = np.ones((5, 2, 4), "f"), np.zeros((5, 2), int)
+
+def work():
+    while True:
+        {call}
+
+for _ in range(2):
+    threading.Thread(target=work, daemon=True).start()
+time.sleep(0.2)
+"""
+    for _ in range(3):
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stderr
 
 
 def fork_and_compare() -> None:

@@ -147,6 +147,9 @@ class SequenceArray {
   Sequence<const S> view_;
 };
 
+// A copy, in order: what is checked or kept must not change with the caller's array.
+inline py::array own_copy(const py::array& array) { return array.attr("copy")("C"); }
+
 template <class S>
 S* mutable_data(const char* name, const py::array& array) {
   const bool c_style = (array.flags() & py::array::c_style) != 0;
@@ -156,6 +159,21 @@ S* mutable_data(const char* name, const py::array& array) {
   return static_cast<S*>(const_cast<void*>(array.data()));
 }
 
+// The GIL is let go of while this lives. `take_back` returns with it, or, in a thread that outlives
+// the interpreter, never: Python ends such a thread where it waits, and that would unwind through
+// destructors which may not throw, and through objects that are gone.
+void take_back(PyThreadState* state);
+class WithoutGil {
+ public:
+  WithoutGil() : state_(PyEval_SaveThread()) {}
+  ~WithoutGil() { take_back(state_); }
+  WithoutGil(const WithoutGil&) = delete;
+  WithoutGil& operator=(const WithoutGil&) = delete;
+
+ private:
+  PyThreadState* state_;
+};
+
 // Lets Ctrl-C through: hands poll to a long call that has let go of the GIL.
 Interrupt python_signals();
 
@@ -163,7 +181,7 @@ Interrupt python_signals();
 template <class F>
 void without_gil(F&& work) {
   try {
-    py::gil_scoped_release release;
+    const WithoutGil free;
     work(python_signals());
   } catch (const Interrupted&) {
     throw py::error_already_set();

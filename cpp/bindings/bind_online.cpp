@@ -120,7 +120,7 @@ class StreamOf : public Stream {
     if (!x.is_none()) {
       block.has_x = true;
       if (V_) {
-        block.x = contiguous(checked<std::int64_t>("x", x, {n, B_}));
+        block.x = own_copy(checked<std::int64_t>("x", x, {n, B_}));
         check_classes("x", block, data<std::int64_t>(block.x), V_, nullptr,
                       [&](Index row) { return block.present(row); });
       } else {
@@ -133,7 +133,7 @@ class StreamOf : public Stream {
       block.has_target = true;
       const auto counts = [&](Index row) { return block.counts(row); };
       if (loss_ == Loss::cross_entropy) {
-        block.target = contiguous(checked<std::int64_t>("target", target, {n, B_}));
+        block.target = own_copy(checked<std::int64_t>("target", target, {n, B_}));
         check_classes("target", block, data<std::int64_t>(block.target), N_, &ignore_index, counts);
       } else {
         block.target = contiguous(checked<S>("target", target, {n, B_, N_}));
@@ -144,23 +144,32 @@ class StreamOf : public Stream {
     return block;
   }
 
-  // Returns the sum of the losses of what counts, and how many numbers or classes do.
+  // Returns the sum of the losses of what counts, how many numbers or classes do, the steps that
+  // were taken, and the exception that ended them early, or None.
   py::tuple push(Block& block, Index begin, Index end) override {
     if (begin < 0 || begin > end || end > block.n) throw py::value_error("push: no such steps");
     double sum = 0;
-    Index count = 0;
+    Index count = 0, t = begin;
     S* const predictions = static_cast<S*>(block.prediction.mutable_data());
-    {
-      py::gil_scoped_release release;
-      for (Index t = begin; t < end; ++t) {
-        S* const prediction = predictions + t * B_ * N_;
-        run(block, t, prediction);
-        const Index counted = take_loss(block, t, prediction, sum);
-        learn(counted > 0);
-        count += counted;
-      }
+    py::object ended = py::none();
+    try {
+      without_gil([&](Interrupt interrupt) {
+        while (t < end) {
+          S* const prediction = predictions + t * B_ * N_;
+          run(block, t, prediction);
+          const Index counted = take_loss(block, t, prediction, sum);
+          learn(counted > 0);
+          count += counted;
+          ++t;
+          if (t < end && interrupt.poll(interrupt.data)) throw Interrupted();
+        }
+      });
+    } catch (py::error_already_set& error) {
+      ended = error.value();
+    } catch (const std::bad_alloc&) {
+      ended = py::reinterpret_borrow<py::object>(PyExc_MemoryError)();
     }
-    return py::make_tuple(sum, count);
+    return py::make_tuple(sum, count, t - begin, ended);
   }
 
   py::array attempt(Block& block, Index t) override {
@@ -203,12 +212,13 @@ class StreamOf : public Stream {
       for (Index k = 0; k < from.size(); ++k) to[k] += from.data()[k];
       std::fill_n(from.data(), from.size(), S(0));
     };
-    if (readout_) {
-      add(readout_grad_, take());
-      if (readout_bias_) add(bias_grad_, take());
-    }
-    py::gil_scoped_release release;
+    S* const weight = readout_ ? take() : nullptr;
+    S* const bias = readout_bias_ ? take() : nullptr;
+    const WithoutGil free;
+    // First what memory may be too little for.
     learner_->gather(layers.data(), embedding);
+    if (weight) add(readout_grad_, weight);
+    if (bias) add(bias_grad_, bias);
   }
 
   void reset(const py::array& rows) override {

@@ -30,11 +30,19 @@ py::array like(const py::array& x, Index last) {
   return new_array<S>(shape);
 }
 
+inline void check_not_empty(const char* name, const py::array& array) {
+  if (array.size() == 0) {
+    throw py::value_error(std::string(name) + ": got shape " + shape_text(shape_of(array)) +
+                          ", wanted no axis of 0");
+  }
+}
+
 // The readout's parameters, held while the work runs.
 template <class S>
 struct Parameters {
   Parameters(const py::array& weight_, Optional bias_)
       : weight(contiguous(checked<S>("weight", weight_, {-1, -1}))) {
+    check_not_empty("weight", weight);
     if (bias_.is_none()) return;
     bias = contiguous(checked<S>("bias", bias_, {weight.shape(0)}));
     has_bias = true;
@@ -102,6 +110,8 @@ py::tuple bind_readout_loss_of(Loss loss, const py::array& y, Optional weight, O
   if (!weight.is_none()) w = contiguous(checked<S>("weight", weight, {-1, -1}));
   const Index K = weight.is_none() ? y.shape(y.ndim() - 1) : w.shape(1);
   const Index N = weight.is_none() ? K : w.shape(0);
+  if (K == 0 || N == 0)
+    check_not_empty(weight.is_none() ? "y" : "weight", weight.is_none() ? y : w);
   if (!bias.is_none()) b = contiguous(checked<S>("bias", bias, {N}));
   const py::array rows = contiguous(checked<S>("y", y, {-1, -1, K}));
   const Index A = rows.shape(0), B = rows.shape(1);
@@ -114,7 +124,7 @@ py::tuple bind_readout_loss_of(Loss loss, const py::array& y, Optional weight, O
   job.loss = loss;
   py::array wanted, rows_that_count;
   if (loss == Loss::cross_entropy) {
-    wanted = contiguous(checked<std::int64_t>("target", target, {A, B}));
+    wanted = own_copy(checked<std::int64_t>("target", target, {A, B}));
     job.classes = data<std::int64_t>(wanted);
     for (Index i = 0; i < A * B; ++i) {
       const std::int64_t k = job.classes[i];
@@ -173,7 +183,7 @@ void bind_embedding_backward(const py::array& index, const py::array& grad,
     using S = decltype(scalar);
     const py::array to = checked<S>("grad_weight", grad_weight, {-1, -1});
     const Index V = to.shape(0), E = to.shape(1);
-    const py::array which = contiguous(checked<std::int64_t>("index", index, {-1, -1}));
+    const py::array which = own_copy(checked<std::int64_t>("index", index, {-1, -1}));
     const py::array rows =
         contiguous(checked<S>("grad", grad, {index.shape(0), index.shape(1), E}));
     const std::int64_t* indices = data<std::int64_t>(which);
@@ -184,7 +194,7 @@ void bind_embedding_backward(const py::array& index, const py::array& grad,
       }
     }
     S* out = mutable_data<S>("grad_weight", to);
-    py::gil_scoped_release release;
+    const WithoutGil free;
     embedding_backward(which.size(), E, indices, data<S>(rows), out);
   });
 }

@@ -71,9 +71,9 @@ struct BatchOptions {
       else if (name == "seed")
         seed = value.cast<std::uint64_t>();
       else if (name == "resets")
-        resets = contiguous(checked<bool>("resets", value, {T, B}));
+        resets = own_copy(checked<bool>("resets", value, {T, B}));
       else if (name == "mask")
-        mask = contiguous(checked<bool>("mask", value, {T, B}));
+        mask = own_copy(checked<bool>("mask", value, {T, B}));
       else if (name == "cells")
         cells = value.cast<bool>();
       else
@@ -499,7 +499,7 @@ class Stack {
           static_cast<S*>(grad.mutable_data());
       grads.append(std::move(grad));
     }
-    py::gil_scoped_release release;
+    const WithoutGil free;
     session.finish(to.data());
     return grads;
   }

@@ -1,6 +1,10 @@
 #include <pybind11/stl.h>
 
 #include <chrono>
+#include <thread>
+#ifdef __GLIBCXX__
+#include <cxxabi.h>
+#endif
 
 #include "arrays.h"
 #include "cells.h"
@@ -14,16 +18,38 @@ namespace {
 // Taking the GIL costs a switch between threads, so it is asked for a few times a second only.
 constexpr std::chrono::milliseconds poll_every{100};
 
+// Waits for the GIL. At the end of the interpreter Python ends a thread that does, by an unwinding
+// which a handler may see but not stop.
+template <class F>
+void or_never(F&& wait) {
+#ifdef __GLIBCXX__
+  try {
+    wait();
+  } catch (const abi::__forced_unwind&) {
+    for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
+  }
+#else
+  wait();
+#endif
+}
+
 bool poll_signals(void*) {
   thread_local auto last = std::chrono::steady_clock::now();
   const auto now = std::chrono::steady_clock::now();
   if (now - last < poll_every) return false;
   last = now;
-  py::gil_scoped_acquire acquire;
-  return PyErr_CheckSignals() != 0;
+  PyGILState_STATE held{};
+  or_never([&] { held = PyGILState_Ensure(); });
+  const bool interrupted = PyErr_CheckSignals() != 0;
+  PyGILState_Release(held);
+  return interrupted;
 }
 
 }  // namespace
+
+void take_back(PyThreadState* state) {
+  or_never([&] { PyEval_RestoreThread(state); });
+}
 
 Interrupt python_signals() { return {poll_signals, nullptr}; }
 

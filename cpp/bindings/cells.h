@@ -15,8 +15,9 @@ inline Cell cell_of(const std::string& name) {
   if (name == "gru") return Cell::gru;
   if (name == "gru_reset_before") return Cell::gru_reset_before;
   if (name == "lstm_coupled") return Cell::lstm_coupled;
-  throw pybind11::value_error("cell: got '" + name +
-                              "', wanted rnn_tanh, rnn_relu, lstm, gru or gru_reset_before");
+  throw pybind11::value_error(
+      "cell: got '" + name +
+      "', wanted rnn_tanh, rnn_relu, lstm, lstm_coupled, gru or gru_reset_before");
 }
 
 inline MatmulPrecision precision_of(const std::string& name) {

@@ -91,11 +91,6 @@ struct View {
   bool has_shape(std::initializer_list<Index> wanted) const {
     return std::equal(shape, shape + axes, wanted.begin(), wanted.end());
   }
-  Index size() const {
-    Index product = 1;
-    for (int i = 0; i < axes; ++i) product *= shape[i];
-    return product;
-  }
   // Whether the last `count` axes lie without gaps, the last one fastest.
   bool is_dense(int count) const {
     Index step = 1;

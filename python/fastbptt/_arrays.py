@@ -109,7 +109,7 @@ def as_dtype(value: DTypeLike) -> np.dtype[Any]:
     if dtype.newbyteorder("=") not in (np.float32, np.float64) and dtype.name != "bfloat16":
         raise ValueError(f"dtype: got {dtype.name!r}, wanted {_DTYPES}")
     if not dtype.isnative:
-        raise ValueError(f"dtype: got {value!r}, wanted the byte order of this machine")
+        raise ValueError(f"dtype: got {value!r}, wanted {_DTYPES}, in this machine's byte order")
     return dtype
 
 

@@ -221,10 +221,12 @@ class Stream:
         with self._lock:
             single, core, block, n = self._open(x, target, x_mask, target_mask)
             total, count, begin = 0.0, 0, 0
-            while begin < n:
+            ended = None
+            while begin < n and ended is None:
                 end = min(n, begin + self._every - self._since)
                 if isinstance(self.loss, str):
-                    value, counted = core.push(block, begin, end)
+                    value, counted, taken, ended = core.push(block, begin, end)
+                    end = begin + taken
                 else:
                     end = begin + 1
                     value, counted = self._push_custom(core, block, target, single, begin)
@@ -236,6 +238,8 @@ class Stream:
                 begin = end
                 if self._since == self._every:
                     self._update(core)
+            if ended is not None:
+                raise ended
             prediction = block.prediction
             if single:
                 prediction = prediction[0]

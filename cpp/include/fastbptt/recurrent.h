@@ -85,7 +85,8 @@ void copy_tape_step(const StackShape& shape, Index B, const S* step, S* tape, In
 //   x      [n, B, I]; may be null if n is 0
 //   y      [n, B, D*H]; must not overlap x
 //   initial, final  [L*D, B, H], h with P; initial.h null: the learned state, or zeros; may not
-//   overlap begin  the step of the sequence that they begin with; with two directions 0, and n is T
+//          overlap
+//   begin  the step of the sequence that they begin with; with two directions 0, and n is T
 //   cells  [n, B, D*H], every c of the last layer; data null: not wanted
 // E is the type of x and y, float, double or Bfloat16; h is then rounded to what bfloat16 has
 // wherever it is made, and initial.h must be so.

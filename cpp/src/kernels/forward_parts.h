@@ -77,7 +77,9 @@ class ForwardParts<S, Cell, true> {
     if (!used()) return;
     job_.products->begin();
     for (Index t = job_.team.begin(job_.steps); t < job_.team.end(job_.steps); ++t) {
-      spans_[t] = split(job_.x.from(t), panels_.I, x_ + t * job_.batch * x_row(), x_part());
+      spans_[t] =
+          split(job_.x.from(t), panels_.I, x_ + t * job_.batch * x_row(), x_part(),
+                job_.options.mask.data ? job_.options.mask.from(t) : Sequence<const bool>{});
     }
     job_.team.wait();
   }
@@ -86,7 +88,7 @@ class ForwardParts<S, Cell, true> {
   }
   // h' of the step that follows, as its products see it.
   void begin_step(const Sequence<const S>& h) {
-    if (used()) h_span_ = split(h, panels_.R, h_, h_part());
+    if (used()) h_span_ = split(h, panels_.R, h_, h_part(), {});
   }
 
   bool x_fits(Index t) const { return used() && fit(spans_[t], PartPanels::span(packed_)); }
@@ -134,12 +136,16 @@ class ForwardParts<S, Cell, true> {
   Index h_part() const { return rows_size(job_.batch, panels_.R); }
   const S* packed_h() const { return packed_ + w_ih_.size(); }
 
-  // A step's rows.
-  Span split(const Sequence<const S>& rows, Index columns, Bfloat16* to, Index step) const {
+  // A step's rows. Those that are missing may hold anything, which is not to decide for the others:
+  // they are zeros, as on the way back.
+  Span split(const Sequence<const S>& rows, Index columns, Bfloat16* to, Index step,
+             const Sequence<const bool>& there) const {
     const Index room = PartPanels::room(columns);
     Span span;
     for (Index b = 0; b < job_.batch; ++b) {
-      span.add(split_row(rows.at(0, b), columns, room, parts(), to + b * room, step));
+      const bool missing = there.data && !*there.at(0, b);
+      const Index n = missing ? 0 : columns;
+      span.add(split_row(rows.at(0, b), n, room, parts(), to + b * room, step));
     }
     return span;
   }

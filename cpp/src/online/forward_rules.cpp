@@ -1,7 +1,6 @@
 // The rules that run forward in time: memory and order; the arithmetic is in the kernels. Streams
 // are done one after another, so that sums over them have one order; the threads share the
 // parameters of RTRL.
-#include <cstring>
 
 #include "dispatch/dispatch.h"
 #include "fastbptt/random.h"
@@ -95,6 +94,7 @@ class ForwardRule : public OnlineLearner<S> {
   }
 
   void keep(const S* grad_y) override {
+    if (rule_ == Rule::rtrl) share_out();
     for (Index b = 0; b < B_; ++b) {
       const S* grad = grad_y ? grad_y + b * H_ : nullptr;
       if (grad && std::all_of(grad, grad + H_, [](S v) { return v == 0; })) grad = nullptr;
@@ -198,20 +198,24 @@ class ForwardRule : public OnlineLearner<S> {
     job.grad_h = grad;
     job.grads = grads_.data();
     job.parameters = parameters_;
-    const Index units = lstm_ ? 2 * H_ : H_;
-    const double work = 2.0 * units * H_ * parameters_;
-    const int parts = static_cast<int>(std::min<double>(
-        {double(get_num_threads()), double(panels_), std::max(1.0, work / flops_a_thread)}));
-    const Index each = 2 * H_ * kernel_.panel_width;
-    if (panel_scratch_.size() < parts * each) panel_scratch_ = Buffer<S>(parts * each);
-    run_parts(parts, [&](int p) {
+    run_parts(parts_, [&](int p) {
       InfluenceJob<S> part = job;
-      part.begin = panels_ * p / parts;
-      part.end = panels_ * (p + 1) / parts;
-      part.scratch = panel_scratch_.data() + p * each;
+      part.begin = panels_ * p / parts_;
+      part.end = panels_ * (p + 1) / parts_;
+      part.scratch = panel_scratch_.data() + p * panel_scratch();
       kernel_.influence(part);
     });
   }
+
+  // How RTRL is shared out, and the memory for that: before a step changes anything.
+  void share_out() {
+    const double work = 2.0 * (lstm_ ? 2 * H_ : H_) * H_ * parameters_;
+    parts_ = static_cast<int>(std::min<double>(
+        {double(get_num_threads()), double(panels_), std::max(1.0, work / flops_a_thread)}));
+    const Index needed = parts_ * panel_scratch();
+    if (panel_scratch_.size() < needed) panel_scratch_ = Buffer<S>(needed);
+  }
+  Index panel_scratch() const { return 2 * H_ * kernel_.panel_width; }
 
   void trace(Index b, const S* grad) {
     kernel_.trace({shape_, weights_, derivatives(b), moved_[b] != 0, rule_ == Rule::snap1,
@@ -252,6 +256,7 @@ class ForwardRule : public OnlineLearner<S> {
   std::int64_t seed_;
   std::int64_t steps_ = 0;  // kept so far
   Index panels_ = 0, parameters_ = 0;
+  int parts_ = 1;
   Index kept_ = 0;  // values of the influence that a stream keeps, of h
   Buffer<S> h_, c_, next_h_, next_c_, derivatives_;
   Buffer<S> influence_h_, influence_c_, grads_;

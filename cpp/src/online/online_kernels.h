@@ -71,7 +71,7 @@ struct InfluenceJob {
   S* grads;          // in panels
   Index parameters;  // without padding
   Index begin, end;  // panels
-  S* scratch;        // influence_scratch
+  S* scratch;        // 2 * H * panel_width values
 };
 
 // One number a parameter and state of its own unit: J = diag(D) J' + (the direct influence).

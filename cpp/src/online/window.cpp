@@ -3,7 +3,6 @@
 //
 // A row without input stays where it is, so the error passes such a step unchanged; a row that was
 // reset lets no error through. Where there is neither, the whole window is one call of the verb.
-#include <cstring>
 
 #include "fastbptt/readout.h"
 #include "online/learners.h"
@@ -98,8 +97,10 @@ class Window : public OnlineLearner<S> {
 
   void gather(const Weights<S>* grads, S* grad_embedding) override {
     const Index n = std::min(Index(counters_[1]), k2_ - k1_ + Index(counters_[2]));
-    counters_[2] = 0;
-    if (!any(with_error_.data(), slots_, true)) return;
+    if (!any(with_error_.data(), slots_, true)) {
+      counters_[2] = 0;
+      return;
+    }
     const Index first = (head() + slots_ - n) % slots_;
     Session<S> session(stack_, weights_.data(), {n, B_});
     for (Error& error : errors_) error.clear();
@@ -115,6 +116,7 @@ class Window : public OnlineLearner<S> {
       end = begin;
     }
     session.finish(grads, true);
+    counters_[2] = 0;
     std::fill_n(with_error_.data(), slots_, std::uint8_t(0));
   }
 

@@ -45,6 +45,7 @@ class Blocks {
     kernel_.pack_columns(K, N, layer.weight, columns_.data());
   }
 
+  int parts() const { return parts_; }
   // From one row of a slice's values to the next: each begins a cache line.
   Index step() const { return row_step(layer_.N); }
   static Index row_step(Index N) {
@@ -181,7 +182,7 @@ double readout_loss(const ReadoutLoss<S>& job, Interrupt interrupt) {
   const bool weights = readout.weight && job.grad_x;
   const Buffer<S> gradient =
       weights ? blocks.gradient(job.grad_weight, job.grad_bias) : Buffer<S>();
-  std::vector<double> sums(get_num_threads(), 0.0);  // of the parts
+  std::vector<double> sums(blocks.parts(), 0.0);
   StopFlag stop(interrupt);
   blocks.run(
       stop,

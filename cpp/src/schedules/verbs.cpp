@@ -69,9 +69,9 @@ Split split_work(const StackShape& s, Index rows, Index B) {
   const double layer_step = step_flops(s) * B / s.layers();
   if (B < rows_a_thread * threads) {
     const int team = static_cast<int>(std::min({threads, worth, layer_step / flops_a_barrier}));
-    // Members that took turns on a CPU would wait for each other at every step.
-    const int fit = team >= 2 ? std::min(team, usable_cpus()) : 1;
-    if (fit >= 2) return {1, fit};
+    // Members that took turns on a CPU would wait for each other at every step. With few CPUs it is
+    // still one part: the bits are those of the number of threads.
+    if (team >= 2) return {1, std::max(1, std::min(team, usable_cpus()))};
   }
   return {static_cast<int>(std::min({worth, double(B), threads})), 1};
 }
@@ -849,7 +849,6 @@ struct Session<E>::Data {
     StopFlag stop(interrupt);
     run_split(split, [&](int p, const Team& team) {
       const Walk w{run, blocks, parts[p], p, team};
-      const Index B_ = B;
       // y of a layer below the last, all directions.
       const auto middle = [&](Index l, const Chunk& c) -> Sequence<E> {
         if (tape) return inside(w, c, layout.y(tape, l), y_width(), 0);
@@ -860,7 +859,7 @@ struct Session<E>::Data {
       };
       for_layers(w, true, stop, [&](Index l, Index d, const Chunk& c) {
         const Index k = l * D + d;
-        const State<S> own = layer_state(shape, state.view, k, B_, w.part.begin);
+        const State<S> own = layer_state(shape, state.view, k, B, w.part.begin);
         const bool begins = d == 0 ? c.t0 == c.block->t0 : c.t1 == c.block->t1;
         if (tape && ragged() && begins) {
           const State<S> kept = layout.start(tape, k, *c.block);
