@@ -241,7 +241,9 @@ class Stream:
         ignore_index: int,
     ) -> Block:
         """Check n steps; masks are uint8 `[n, B]`, zero where something is missing."""
-    def push(self, block: Block, begin: int, end: int) -> tuple[float, int]:
+    def push(
+        self, block: Block, begin: int, end: int
+    ) -> tuple[float, int, int, BaseException | None]:
         """Run steps and keep them; return the sum of their losses and how many targets counted."""
     def attempt(self, block: Block, t: int) -> Array:
         """Run a step, which `keep` may then keep; return the predictions of the block."""

@@ -204,6 +204,8 @@ class Stream:
             A shape, a class or the number of streams is wrong, or a number is NaN or infinite.
         TypeError
             A dtype is wrong, or something that is no array.
+        KeyboardInterrupt
+            In the middle of a block; the steps before it are learned and counted in `steps`.
 
         Examples
         --------
