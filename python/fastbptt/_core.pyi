@@ -244,7 +244,7 @@ class Stream:
     def push(
         self, block: Block, begin: int, end: int
     ) -> tuple[float, int, int, BaseException | None]:
-        """Run steps and keep them; return the sum of their losses and how many targets counted."""
+        """Run and keep steps; return loss, targets, steps, and what ended them early."""
     def attempt(self, block: Block, t: int) -> Array:
         """Run a step, which `keep` may then keep; return the predictions of the block."""
     def keep(self, grad: Array | None) -> None:
