@@ -267,6 +267,23 @@ def test_options_go_with_every_precision(cell, precision, rng):
             assert error <= allowed, f"{name}: {error:.2g}"
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_what_missing_steps_hold_decides_nothing(cell, precision, rng):
+    """Not even which products the other rows of the step go through."""
+    layer, x, grad_y = draw(rng, cell, 6, 24, 33, 40, precision=precision)
+    mask = rng.random((6, 24)) < 0.7
+    found = []
+    for value in (0.0, 1e30, np.inf, np.nan):
+        x[~mask] = value
+        y, _, tape = layer.forward(x, mask=mask)
+        grads = layer.backward(tape, grad_y)
+        found.append({"y": y, "x": grads.x, **grads.weights})
+    for other in found[1:]:
+        for name, wanted in found[0].items():
+            np.testing.assert_array_equal(other[name], wanted, err_msg=name)
+
+
 def test_the_layers_own_comes_before_the_global_one(rng):
     fb.set_float32_matmul_precision("medium")
     assert fb.get_float32_matmul_precision() == "medium"

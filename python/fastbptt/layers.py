@@ -755,7 +755,7 @@ class RNN(Recurrent[Array]):
         layer computes (Krueger et al. 2017). Without training d is k, the expectation.
     precision : {"highest", "high", "medium"}, optional
         Of the matrix products, see `set_float32_matmul_precision`; by default what that says when
-        a call begins, and `"medium"` in bfloat16. Not for float64 layers.
+        a call begins, and `"medium"` in bfloat16. Products of float64 have one precision.
     seed : int, optional
         Of the initial parameters, and of what training draws; a new one each time by default.
     init : {"uniform", "orthogonal"}
@@ -907,7 +907,7 @@ class LSTM(Recurrent[tuple[Array, Array]]):
         to the bit, the gradient is that of gates and cells with 8 bits of precision.
     precision : {"highest", "high", "medium"}, optional
         Of the matrix products, see `set_float32_matmul_precision`; by default what that says when
-        a call begins, and `"medium"` in bfloat16. Not for float64 layers.
+        a call begins, and `"medium"` in bfloat16. Products of float64 have one precision.
     seed : int, optional
         Of the initial parameters, and of what training draws; a new one each time by default.
     init : {"uniform", "orthogonal"}
@@ -1090,7 +1090,7 @@ class GRU(Recurrent[Array]):
         to the bit, the gradient is that of gates with 8 bits of precision.
     precision : {"highest", "high", "medium"}, optional
         Of the matrix products, see `set_float32_matmul_precision`; by default what that says when
-        a call begins, and `"medium"` in bfloat16. Not for float64 layers.
+        a call begins, and `"medium"` in bfloat16. Products of float64 have one precision.
     seed : int, optional
         Of the initial parameters, and of what training draws; a new one each time by default.
     init : {"uniform", "orthogonal"}
