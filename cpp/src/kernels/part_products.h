@@ -44,6 +44,7 @@ struct PartsProduct {
 };
 
 struct PartProducts {
+  int most_parts;
   Index depth;
   // How many parts a layer's values are split into where B rows at a time go through it, and `rows`
   // of time x batch in all; 0: float32 vectors are faster.

@@ -194,7 +194,7 @@ int parts_of(const LayerShape& s, MatmulPrecision precision, Index B, Index rows
 
 }  // namespace
 
-const PartProducts part_products = {tile_depth, parts_of, configure, release, multiply};
+const PartProducts part_products = {most_parts, tile_depth, parts_of, configure, release, multiply};
 
 }  // namespace amx
 }  // namespace fastbptt

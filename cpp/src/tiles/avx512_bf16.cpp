@@ -97,7 +97,7 @@ int parts_of(const LayerShape& s, MatmulPrecision precision, Index B, Index rows
 
 }  // namespace
 
-const PartProducts part_products = {2, parts_of, [] {}, [] {}, multiply};
+const PartProducts part_products = {1, 2, parts_of, [] {}, [] {}, multiply};
 
 }  // namespace avx512_bf16
 }  // namespace fastbptt
