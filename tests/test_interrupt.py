@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -87,12 +88,10 @@ class Work:
         return [y, *state, grads.x, *grads.state, *grads.weights.values()]
 
 
-def interrupt(verb: str) -> None:
-    """Runs in a process of its own: a signal that nobody takes must not end the tests."""
+def delay_of(call: Callable[[], object]) -> float:
+    """How long the call, which a signal interrupts, goes on behind it; no longer than it may."""
     # A shell's background job inherits SIGINT ignored, and Python then leaves it so.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    work = Work(verb, SECONDS)
-    expected = work.small()
     sent = []
 
     def send():
@@ -102,7 +101,7 @@ def interrupt(verb: str) -> None:
     timer = threading.Timer(0.1, send)
     timer.start()
     try:
-        work.call()
+        call()
     except KeyboardInterrupt:
         delay = time.perf_counter() - sent[0]
     else:
@@ -110,6 +109,26 @@ def interrupt(verb: str) -> None:
     timer.join()
     if delay > PATIENCE:
         sys.exit(f"the call went on for {delay:.2f} s")
+    return delay
+
+
+def in_a_process(call: str) -> None:
+    """Call a function of this file in a process of its own: no signal is to end the tests."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"import test_interrupt; test_interrupt.{call}"],
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def interrupt(verb: str) -> None:
+    work = Work(verb, SECONDS)
+    expected = work.small()
+    delay = delay_of(work.call)
     for actual, wanted in zip(work.small(), expected, strict=True):
         np.testing.assert_array_equal(actual, wanted)
     print(f"{delay:.3f}")
@@ -130,15 +149,7 @@ VERBS = [
 @pytest.mark.skipif(os.name == "nt", reason="no SIGINT for one process on Windows")
 @pytest.mark.parametrize("verb", VERBS)
 def test_ctrl_c_stops_a_long_call_and_leaves_all_usable(verb):
-    done = subprocess.run(
-        [sys.executable, "-c", f"import test_interrupt; test_interrupt.interrupt({verb!r})"],
-        cwd=HERE,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    in_a_process(f"interrupt({verb!r})")
 
 
 @pytest.mark.parametrize("verb", ["advance", "record", "reverse"])
@@ -165,24 +176,13 @@ def test_other_threads_run_beside_a_call(verb):
 
 
 def interrupt_block() -> None:
-    """Runs in a process of its own: an interrupted block has counted what it has learnt."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    """An interrupted block has counted what it has learnt."""
     model = fb.Model(fb.GRU(8, 96, seed=0))
     streams = [fb.Stream(model, "mse", fb.RTRL(every=10**6)) for _ in range(2)]
     x, target = np.ones((3000, 1, 8), np.float32), np.ones((3000, 1, 96), np.float32)
     for stream in streams:
         stream.push(x[:1], target[:1])
-    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
-    began = time.perf_counter()
-    try:
-        streams[0].push(x[1:], target[1:])
-    except KeyboardInterrupt:
-        taken = time.perf_counter() - began
-    else:
-        sys.exit("the push ended as if nothing had happened")
-    if taken > 0.3 + PATIENCE:
-        sys.exit(f"the push went on for {taken:.2f} s")
+    delay_of(lambda: streams[0].push(x[1:], target[1:]))
     steps = streams[0].steps
     streams[1].push(x[1:steps], target[1:steps])
     for a, b in zip(*(stream.state_dict()["stream"].values() for stream in streams), strict=True):
@@ -192,15 +192,7 @@ def interrupt_block() -> None:
 
 @pytest.mark.skipif(os.name == "nt", reason="no SIGINT for one process on Windows")
 def test_ctrl_c_in_a_block_of_a_stream():
-    done = subprocess.run(
-        [sys.executable, "-c", "import test_interrupt; test_interrupt.interrupt_block()"],
-        cwd=HERE,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    in_a_process("interrupt_block()")
 
 
 def test_calls_from_several_threads_do_not_mix():
