@@ -18,6 +18,7 @@ import numpy as np
 from fastbptt import _core
 from fastbptt._arrays import Array, as_size
 from fastbptt.losses import Objective
+from fastbptt.memory import steps_at_once
 from fastbptt.model import Model
 from fastbptt.source import beside
 
@@ -43,9 +44,8 @@ class Segmented:
 
     A sequence of T steps of B rows runs as `T / length * B` rows of `overlap + length` steps: work
     for all cores, in larger products where B is small. All of it is held at once, the warm-ups
-    too: `1 + overlap / length` times what `Full` takes, and a copy of x and target, laid out as
-    these rows. Segments with a shorter warm-up, at the begin, and a shorter last one run on their
-    own.
+    too: `1 + overlap / length` times what `Full` takes, and a copy of x, laid out as these rows.
+    Segments with a shorter warm-up, at the begin, and a shorter last one run on their own.
 
     Parameters
     ----------
@@ -140,6 +140,11 @@ def run_segmented(
     return run.result()
 
 
+def _stretches(segments: Sequence[Segment], begin: int, end: int) -> list[slice]:
+    """Return where steps of segments are, counted from the first one of each."""
+    return [slice(segment.begin + begin, segment.begin + end) for segment in segments]
+
+
 class _Run:
     """Runs batches of segments, and adds up loss and gradients.
 
@@ -165,31 +170,40 @@ class _Run:
 
     def do(self, segments: Sequence[Segment], state: Any) -> None:
         """Run segments of the same shape beside each other, forward and back."""
-        warm_up = [slice(segment.begin, segment.t0) for segment in segments]
-        own = [slice(segment.t0, segment.t1) for segment in segments]
-        steps = (segments[0].t0 - segments[0].begin, segments[0].t1 - segments[0].t0)
+        warm_up, steps = (t - segments[0].begin for t in (segments[0].t0, segments[0].t1))
         layer = self._model.recurrent
         B = len(segments) * self._source.B
-        batch = self._batch_of(warm_up, own)
-        session = layer._stack.session(sum(steps), B, max(steps), batch)
+        at_once = steps_at_once(steps, B) if self._objective.in_pieces else steps
+        session = layer._stack.session(steps, B, at_once, self._batch_of(segments, steps))
         if "seed" in self._batch:  # batches draw apart from each other
             self._batch = {**self._batch, "seed": (self._batch["seed"] + 1) % (1 << 64)}
-        early: _core.Tape | None = None
-        if steps[0]:
-            _, state, early = session.record(self._vectors(warm_up), state, 0)
-        y, self._last, late = session.record(self._vectors(own), state, steps[0])
+        # In pieces, so that what is made on the way back is never as long as the segments.
+        pieces: list[tuple[int, int, Array, _core.Tape]] = []
+        for first, last in ((0, warm_up), (warm_up, steps)):
+            if first == last:
+                continue
+            x = self._vectors(_stretches(segments, first, last))
+            for begin in range(first, last, at_once):
+                end = min(begin + at_once, last)
+                y, state, tape = session.record(x[begin - first : end - first], state, begin)
+                pieces.append((begin, end, y, tape))
+        self._last = state
         into = self._grads[-1] if self._model.readout is not None else {}
-        value, grad_y = self._objective.beside(y, own, into)
-        self._loss += value
-        error = self._reverse(session, late, grad_y, None, own)
-        if early is not None:
-            self._reverse(session, early, None, error, warm_up)
+        error: Any = None
+        while pieces:
+            begin, end, y, tape = pieces.pop()
+            stretches = _stretches(segments, begin, end)
+            grad_y: Array | None = None
+            if begin >= warm_up:
+                value, grad_y = self._objective.beside(y, stretches, into)
+                self._loss += value
+            error = self._reverse(session, tape, grad_y, error, stretches)
         sums = (grad for grad in session.finish() if grad is not None)
         recurrent = self._grads[self._model.parts.index(layer)]
         for total, grad in zip(recurrent.values(), sums, strict=True):
             total += grad
 
-    def _batch_of(self, warm_up: Sequence[slice], own: Sequence[slice]) -> dict[str, Any]:
+    def _batch_of(self, segments: Sequence[Segment], steps: int) -> dict[str, Any]:
         """Return what is known of the batch beside x, laid out as its rows are."""
         found: dict[str, Any] = {}
         for name, value in self._batch.items():
@@ -198,7 +212,7 @@ class _Run:
                 def take(begin: int, end: int, flags: Array = value) -> Array:
                     return flags[begin:end]
 
-                found[name] = np.concatenate([beside(take, warm_up), beside(take, own)])
+                found[name] = beside(take, _stretches(segments, 0, steps))
             else:
                 found[name] = value
         return found

@@ -154,9 +154,10 @@ struct RowsKernels {
   // grad_x [n, K] of rows [row, row + n); scratch has room for n * 4 packets.
   void (*grad_x)(Index K, Index N, Index row, Index n, Index stride, const S* sums,
                  const S* columns, S* scratch, S* grad_x);
-  // Panels [begin, end) of the gradient of weight and bias, from rows [0, n), x [n, K].
+  // Panels [begin, end) of the gradient of the weight, columns [from, to), and of the bias where
+  // that is from the first column on; from rows [0, n), x [n, K].
   void (*add_gradient)(Index K, Index N, Index n, Index stride, const S* x, const S* sums,
-                       Index begin, Index end, S* gradient);
+                       Index begin, Index end, Index from, Index to, S* gradient);
   Index lanes;
 
   // y [n, N] without packing, for very few rows.

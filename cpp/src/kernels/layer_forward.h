@@ -91,6 +91,12 @@ class ForwardLayer {
   }
   S* sums_of_h(Index j) const { return norm_ + norm_vectors(job_.shape) + j * job_.batch * width; }
 
+  // Whether the sums of x and of h' are of the same packets, or of as many one further.
+  static constexpr bool joins_shifted =
+      !normalised && Cell::x_count == 3 && Cell::h_count == 3 && Cell::h_first == Cell::x_first + 1;
+  static constexpr bool joins = joins_shifted || (!normalised && Cell::x_count == Cell::h_count &&
+                                                  Cell::x_first == Cell::h_first);
+
   static constexpr Index few_rows = tile_rows(Cell::h_count);
   // With so few rows that each panel serves a single tile, or weights that do not stay in L2 from
   // step to step, the input product runs ahead over all steps, where a panel serves more rows.
@@ -237,10 +243,12 @@ class ForwardLayer {
     const Index x_step = panels_.packets(j, x_range<Cell>) * p;
     const Index h_step = panels_.packets(j, h_range<Cell>) * p;
     S* const sums = normalised ? sums_of_h(j) : ahead_ ? ahead(j, t * B) : sums_;
-    if (!ahead_ || normalised) fill(sums, B, j);
     // Ranges of the inner dimension of so many steps.
     const Index most = columns_at_once();
     const bool whole = B <= few_rows || (ahead_ ? 0 : I) + K_h <= most + most / 2;
+    // Both products of a tile in one call: its sums stay in registers, from the bias on.
+    const bool joint = joins && whole && !ahead_;
+    if (!joint && (!ahead_ || normalised)) fill(sums, B, j);
     const Index x_passes = ahead_ ? 0 : whole ? 1 : ceil_div(I, most);
     const Index h_passes = whole ? 1 : ceil_div(K_h, most);
     const auto pass = [&](Index R, Index row, const Sequence<const S>& a, Range range, Index begin,
@@ -268,10 +276,28 @@ class ForwardLayer {
       }
     }
     const Index begin = K_h * (h_passes - 1) / h_passes;
+    const auto pass_both = [&](Index R, Index row) {
+      RowsProduct<S> product(sums + row * width + Cell::x_first * p, width, I, x_panel);
+      product.start = panels_.bias(job_.packed, j) + Cell::x_first * p;
+      product.start_row = 0;
+      product.K_behind = K_h;
+      product.panel_behind = h_panel;
+      product.fetch_behind(packets_of_tile, R, row);
+      for (Index r = 0; r < R; ++r) {
+        product.a[r] = x.at(0, row + r);
+        product.behind[r] = h_.at(0, row + r);
+      }
+      joins_shifted ? multiply_rows_shifted(R, product)
+                    : multiply_rows(R, packets_of_tile, true, product);
+    };
     for_row_tiles(B, packets_of_tile, [&](Index R, Index row) {
       for (Index r = row; !normalised && r < row + R; ++r) fetch_tape(t, j, r);
-      if (whole && !ahead_) pass(R, row, x, x_range<Cell>, 0, I, x_panel);
-      pass(R, row, h_, h_range<Cell>, begin, K_h, h_panel + begin * h_step);
+      if (joint) {
+        pass_both(R, row);
+      } else {
+        if (whole && !ahead_) pass(R, row, x, x_range<Cell>, 0, I, x_panel);
+        pass(R, row, h_, h_range<Cell>, begin, K_h, h_panel + begin * h_step);
+      }
       for (Index r = row; !normalised && r < row + R; ++r) finish(t, j, r, sums + r * width);
     });
   }

@@ -274,15 +274,13 @@ class ReverseLayer {
     const Index even = stop - 1 == last && factor.last < step ? last : stop;
     RowsProduct<S> product(sums, 4 * p, step, weights + begin * step * Q * p, even - begin,
                            rows_ * factor.width);
-    product.fetch_behind(Q, R, at);
     for (Index r = 0; r < R; ++r) product.a[r] = factor.at(begin, row + r, rows_);
-    if (even > begin) multiply_rows(R, Q, split, product);
-    if (even == stop) return;
-    for (Index r = 0; r < R; ++r) product.a[r] = factor.at(last, row + r, rows_);
-    product.blocks = 1;
-    product.K = factor.last;
-    product.panel = weights + last * step * Q * p;
-    product.fetch = nullptr;
+    if (even < stop) {
+      product.K_behind = factor.last;
+      product.panel_behind = weights + last * step * Q * p;
+      for (Index r = 0; r < R; ++r) product.behind[r] = factor.at(last, row + r, rows_);
+    }
+    product.fetch_behind(Q, R, at);
     multiply_rows(R, Q, split, product);
   }
 

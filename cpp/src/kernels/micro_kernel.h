@@ -45,6 +45,17 @@ struct Tile {
       for (int q = 0; q < Q; ++q) acc[r][q] = padd(acc[r][q], other.acc[r][q]);
   }
 
+  // From the sums of packets [0, Q) to those of [1, Q + 1): packet 0 is written, the last one read.
+  FASTBPTT_INLINE void shift(S* to, Index to_row, const S* from, Index from_row) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      store(to + r * to_row, acc[r][0]);
+#pragma GCC unroll 4
+      for (int q = 0; q < Q - 1; ++q) acc[r][q] = acc[r][q + 1];
+      acc[r][Q - 1] = load(from + r * from_row + Q * lanes<S>);
+    }
+  }
+
   // One k: a(r) points at the value of row r. What there is less of is held in registers.
   template <class A>
   FASTBPTT_INLINE void multiply(A&& a, const S* panel) {
@@ -72,29 +83,42 @@ struct Tile {
   }
 };
 
-// A sum over `blocks` runs of K values: a(r, k) = a[r][block * a_block + k]. The panel's rows
+// A sum over `blocks` runs of K values, a(r, k) = a[r][block * a_block + k], and then over K_behind
+// values of `behind` with a panel of their own; one of the two may be missing. The rows of a panel
 // follow one another, Q packets each.
 template <class S>
 struct RowsProduct {
   S* sums;
   Index sums_row;
+  const S* start;  // what is added to
+  Index start_row;
   const S* a[most_tile_rows];
   Index a_block;
   Index blocks;
   Index K;
   const S* panel;
+  const S* behind[most_tile_rows];
+  Index K_behind = 0;
+  const S* panel_behind = nullptr;
   const S* fetch = nullptr;  // what is wanted soon: a cache line for each k
 
-  // The caller fills in the rows of `a`. To clear them first GCC takes a string instruction, which
-  // before each tile is up to a twentieth of a step.
+  // The caller fills in the rows of `a`, and of `behind`. To clear them first GCC takes a string
+  // instruction, which before each tile is up to a twentieth of a step.
   RowsProduct(S* sums, Index sums_row, Index K, const S* panel, Index blocks = 1, Index a_block = 0)
-      : sums(sums), sums_row(sums_row), a_block(a_block), blocks(blocks), K(K), panel(panel) {}
+      : sums(sums),
+        sums_row(sums_row),
+        start(sums),
+        start_row(sums_row),
+        a_block(a_block),
+        blocks(blocks),
+        K(K),
+        panel(panel) {}
 
   // The part of a panel behind this one, shared out to the first tiles of R rows that go by. The
   // others are told without a division.
   void fetch_behind(Index Q, Index R, Index row) {
     constexpr Index line = 64 / Index(sizeof(S));
-    const Index size = blocks * K * Q * lanes<S>, each = blocks * K * line;
+    const Index k = blocks * K + K_behind, size = k * Q * lanes<S>, each = k * line;
     if (row * each < size * R) fetch = panel + size + row / R * each;
   }
 
@@ -102,7 +126,9 @@ struct RowsProduct {
   RowsProduct right_half() const {
     RowsProduct half = *this;
     half.sums += 2 * lanes<S>;
+    half.start += 2 * lanes<S>;
     half.panel += 2 * lanes<S>;
+    if (K_behind > 0) half.panel_behind += 2 * lanes<S>;
     half.fetch = nullptr;
     return half;
   }
@@ -110,31 +136,51 @@ struct RowsProduct {
 
 // With Sets > 1 the sum over k is split over that many accumulators, so that few rows do not wait
 // for the latency of the additions. The panel's rows have `Width` packets, of which Q are taken.
-template <class S, int R, int Q, int Sets, int Width = Q>
+// What comes behind is added to the sums `Shift` packets further.
+template <class S, int R, int Q, int Sets, int Width = Q, int Shift = 0>
 __attribute__((noinline)) void multiply_rows(const RowsProduct<S>& product) {
+  static_assert(Shift == 0 || (Shift == 1 && Sets == 1), "as it is wanted");
   constexpr Index step = Width * lanes<S>;
   const S* a[R];
   for (int r = 0; r < R; ++r) a[r] = product.a[r];
   const S* panel = product.panel;
-  const Index K = product.K;
+  Index K = product.K, left = product.blocks;
   Tile<S, R, Q> tile;
-  tile.read(product.sums, product.sums_row);
+  // What comes behind takes the same loop: in one of its own the compiler spills what both need.
+  const auto go_behind = [&] {
+    for (int r = 0; r < R; ++r) a[r] = product.behind[r];
+    panel = product.panel_behind;
+    K = product.K_behind;
+    if constexpr (Shift == 1) {
+      tile.shift(product.sums, product.sums_row, product.start, product.start_row);
+    }
+  };
+  const auto goes_on = [&] {
+    if (--left > 0) {
+      for (int r = 0; r < R; ++r) a[r] += product.a_block;
+      return true;
+    }
+    if (left < 0 || product.K_behind == 0) return false;
+    go_behind();
+    return true;
+  };
+  tile.read(product.start, product.start_row);
+  if (left == 0) go_behind();
   if constexpr (Sets == 1) {
     const S* fetch = product.fetch ? product.fetch : panel;
     const Index fetch_step = product.fetch ? 64 / Index(sizeof(S)) : 0;
-    for (Index block = 0; block < product.blocks; ++block) {
+    do {
       for (Index k = 0; k < K; ++k, panel += step) {
         __builtin_prefetch(fetch);
         fetch += fetch_step;
         tile.multiply([&](int r) { return a[r] + k; }, panel);
       }
-      for (int r = 0; r < R; ++r) a[r] += product.a_block;
-    }
+    } while (goes_on());
   } else {
     Tile<S, R, Q> more[Sets - 1];
 #pragma GCC unroll 4
     for (int s = 0; s < Sets - 1; ++s) more[s].zero();
-    for (Index block = 0; block < product.blocks; ++block) {
+    do {
       Index k = 0;
       for (; k + Sets <= K; k += Sets, panel += Sets * step) {
         tile.multiply([&](int r) { return a[r] + k; }, panel);
@@ -144,12 +190,11 @@ __attribute__((noinline)) void multiply_rows(const RowsProduct<S>& product) {
         }
       }
       for (; k < K; ++k, panel += step) tile.multiply([&](int r) { return a[r] + k; }, panel);
-      for (int r = 0; r < R; ++r) a[r] += product.a_block;
-    }
+    } while (goes_on());
 #pragma GCC unroll 4
     for (int s = 0; s < Sets - 1; ++s) tile.add(more[s]);
   }
-  tile.write(product.sums, product.sums_row);
+  tile.write(product.sums + Shift * lanes<S>, product.sums_row);
 }
 
 // A sum over `runs` runs of K rows: a(r, k) = a[run * a_run + k * a_row + r], with the panel's row
@@ -229,6 +274,12 @@ __attribute__((noinline)) void multiply_rows(Index R, Index Q, bool split,
         multiply_rows<S, r, q, 1>(product);
     });
   });
+}
+
+// What comes behind is added to the sums one packet further.
+template <class S>
+__attribute__((noinline)) void multiply_rows_shifted(Index R, const RowsProduct<S>& product) {
+  with_constant<tile_rows(3)>(R, [&](auto r) { multiply_rows<S, r, 3, 1, 3, 1>(product); });
 }
 
 template <class S>

@@ -18,8 +18,9 @@ namespace fastbptt {
 namespace FASTBPTT_ISA {
 
 // Bytes of a panel that stay in the first caches while tile after tile of rows goes by. More than
-// L1 holds: what is read in order comes from L2 in time.
-constexpr Index panel_bytes = 48 * 1024;
+// L1 holds: what is read in order comes from L2 in time, of which there is a megabyte and more
+// beside wide vectors.
+constexpr Index panel_bytes = (sizeof(Packet<float>) == 64 ? 96 : 48) * 1024;
 
 // A run of a panel's packets: those of the input product, or of the recurrent product.
 struct Range {

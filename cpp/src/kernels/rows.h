@@ -93,12 +93,12 @@ class Rows {
         // The last panel may be shorter.
         const Index even = J - 1;
         RowsProduct<S> product(scratch + at * width, width, width, weights, even, stride * width);
-        for (Index r = 0; r < R; ++r) product.a[r] = sums + (row + at + r) * width;
-        if (even > 0) multiply_rows(R, Q, false, product);
-        for (Index r = 0; r < R; ++r) product.a[r] = sums + (even * stride + row + at + r) * width;
-        product.blocks = 1;
-        product.K = panels_.packets(even) * p;
-        product.panel = weights + even * width * Q * p;
+        product.K_behind = panels_.packets(even) * p;
+        product.panel_behind = weights + even * width * Q * p;
+        for (Index r = 0; r < R; ++r) {
+          product.a[r] = sums + (row + at + r) * width;
+          product.behind[r] = sums + (even * stride + row + at + r) * width;
+        }
         multiply_rows(R, Q, false, product);
       });
       for (Index r = 0; r < n; ++r) {
@@ -110,8 +110,9 @@ class Rows {
     }
   }
 
+  // Of panels [begin, end) the weights of columns [from, to), and the bias with the first column.
   void add_gradient(Index n, Index stride, const S* x, const S* sums, Index begin, Index end,
-                    S* gradient) const {
+                    Index from_column, Index to_column, S* gradient) const {
     const Index K = panels_.I;
     // Few enough rows at a time that their gradients stay in L1 for all columns.
     constexpr Index most = panel_bytes / (Index(sizeof(S)) * width);
@@ -121,7 +122,7 @@ class Rows {
       for (Index last = n; last > 0; last -= most) {
         const Index first = last > most ? last - most : 0;
         const S* const from = sums + j * stride * width;
-        for (Index q = 0; q < Q; ++q) {
+        for (Index q = 0; q < Q && from_column == 0; ++q) {
           Packet<S> sum = load(bias + q * p);
           for (Index r = last - 1; r >= first; --r) {
             sum = padd(sum, load(from + r * width + q * p));
@@ -134,7 +135,8 @@ class Rows {
         product.K = last - first;
         product.panel = from + (last - 1) * width;
         product.panel_row = -width;
-        for_row_tiles(K, Q, [&](Index R, Index i) {
+        for_row_tiles(to_column - from_column, Q, [&](Index R, Index tile) {
+          const Index i = from_column + tile;
           product.sums = panels_.x(gradient, j) + i * Q * p;
           product.a = x + (last - 1) * K + i;
           multiply_columns(R, Q, product);
@@ -214,7 +216,9 @@ constexpr RowsKernels<S> rows_kernels() {
       [](Index K, Index N, Index row, Index n, Index stride, const S* sums, const S* columns,
          S* scratch, S* to) { Rows<S>(K, N).grad_x(row, n, stride, sums, columns, scratch, to); },
       [](Index K, Index N, Index n, Index stride, const S* x, const S* sums, Index begin, Index end,
-         S* gradient) { Rows<S>(K, N).add_gradient(n, stride, x, sums, begin, end, gradient); },
+         Index from, Index to, S* gradient) {
+        Rows<S>(K, N).add_gradient(n, stride, x, sums, begin, end, from, to, gradient);
+      },
       lanes<S>,
       &multiply_directly<S>,
       &cross_entropy<S>,

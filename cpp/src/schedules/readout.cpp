@@ -22,9 +22,8 @@ constexpr Index slice_rows = 64;
 constexpr Index direct_rows = 4;
 
 // A readout over rows, block by block from the last to the first: the rows of a block are shared
-// out to the threads, then the panels of the weight gradient. So neither the number of threads nor
-// where the rows were cut changes a bit of any gradient. What was in the gradients is the start of
-// the sums.
+// out to the threads, then the weight gradient. So neither the number of threads nor where the rows
+// were cut changes a bit of any gradient. What was in the gradients is the start of the sums.
 template <class S>
 class Blocks {
  public:
@@ -98,11 +97,14 @@ class Blocks {
     return panels;
   }
   void add_gradient(Index begin, Index n, S* panels) const {
-    const Index J = kernel_.panels(layer_.N);
-    const int parts = static_cast<int>(std::min<Index>(parts_, J));
+    // Shared out are panels, or columns of all panels where these are too few.
+    const Index J = kernel_.panels(layer_.N), K = layer_.K;
+    const bool columns = J < parts_;
+    const int parts = static_cast<int>(std::min<Index>(parts_, columns ? K : J));
     run_parts(parts, [&](int p) {
-      kernel_.add_gradient(layer_.K, layer_.N, n, block_, layer_.x + begin * layer_.K, sums_.data(),
-                           J * p / parts, J * (p + 1) / parts, panels);
+      kernel_.add_gradient(K, layer_.N, n, block_, layer_.x + begin * K, sums_.data(),
+                           columns ? 0 : J * p / parts, columns ? J : J * (p + 1) / parts,
+                           columns ? K * p / parts : 0, columns ? K * (p + 1) / parts : K, panels);
     });
   }
   void unpack(const Buffer<S>& panels, S* weight, S* bias) const {
@@ -128,11 +130,20 @@ double squared_error(Index n, Index N, S* prediction, Index step, const S* targe
       std::fill_n(prediction, N, S(0));
       continue;
     }
-    for (Index i = 0; i < N; ++i) {
+    const auto take = [&](Index i) {
       const S difference = prediction[i] - target[i];
-      sum += double(difference) * double(difference);
       prediction[i] = S(2 * scale) * difference;
+      return double(difference) * double(difference);
+    };
+    // Several sums beside each other: one alone would wait for each addition.
+    constexpr Index together = 8;
+    double parts[together] = {};
+    const Index even = N / together * together;
+    for (Index i = 0; i < even; i += together) {
+      for (Index k = 0; k < together; ++k) parts[k] += take(i + k);
     }
+    for (Index k = 0; k < together && even > 0; ++k) sum += parts[k];
+    for (Index i = even; i < N; ++i) sum += take(i);
   }
   return sum;
 }
@@ -176,7 +187,9 @@ template <class S>
 double readout_loss(const ReadoutLoss<S>& job, Interrupt interrupt) {
   const Linear<S>& readout = job.readout;
   const Index K = readout.K, N = readout.N;
-  const Blocks<S> blocks(readout, (readout.weight ? 6.0 * K : 20.0) * readout.rows * N,
+  // A product computes whole packets.
+  const Index lanes = readout.weight ? Blocks<S>::row_step(N) : N;
+  const Blocks<S> blocks(readout, (readout.weight ? 6.0 * K : 20.0) * readout.rows * lanes,
                          job.grad_x != nullptr);
   const Index step = blocks.step();
   const bool weights = readout.weight && job.grad_x;
