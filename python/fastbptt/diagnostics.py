@@ -367,13 +367,12 @@ def gradient_flow(
         below = walks[-1].y
     if at is not None:
         objective.narrow(first, n)
-    grads = {} if model.readout is None else model.readout.weights
-    zeros = {name: np.zeros_like(weight) for name, weight in grads.items()}
+    zeros = {} if model.readout is None else model.readout._zero_grads()
     value, grad = objective(below[first:], first, n, zeros)
     assert grad is not None
     if at is not None and loss == "cross_entropy":
         _check_counts(model, target, first, ignore_index)
-    grad_y = np.zeros_like(below)
+    grad_y = np.zeros(below.shape, model.compute_dtype)
     grad_y[first:] = grad
     place = 0 if model.embedding is None else 1
     weights: dict[str, Array] = {}
@@ -420,8 +419,6 @@ def _of_layer(state: Any, number: int) -> Any:
 
 def _check_layer(layer: Recurrent[Any]) -> None:
     """Refuse what the formulas of `gate_gradients` do not know."""
-    if layer.dtype != layer.compute_dtype:
-        raise ValueError(f"model: got {layer!r}, wanted one of float32 or float64")
     options = ("bidirectional", "recurrent_dropout", "zoneout", "peephole", "coupled", "layer_norm")
     for option in options:
         if getattr(layer, option, False):
@@ -456,6 +453,7 @@ class _Walk:
         self._parameters = [layer.weights.get(name) for name in self._names]
         self._cell = layer._cell()
         alone = _alone(layer, number)
+        self._dtype = layer.compute_dtype
         self._session = alone._stack.session(len(x), x.shape[1], 1)
         self._needs_x = number > 0
         self._x, self._initial = x, state
@@ -485,7 +483,7 @@ class _Walk:
         contributions : bool
             Whether the norms of the parameters are wanted.
         """
-        grad_x = np.empty_like(self._x) if self._needs_x else self._x
+        grad_x = np.empty(self._x.shape if self._needs_x else 0, self._dtype)
         grad_c = None if self._cells is None else np.zeros_like(self._cells)
         after: Any = None
         for t in range(len(grad_y) - 1, -1, -1):
@@ -506,7 +504,9 @@ class _Walk:
     def _note_gates(self, grad_h: Array, grad_c: Array | None, contributions: bool) -> None:
         """Note the norms of dL/dc and of what each step adds to the parameters' gradients."""
         n, B, H = grad_h.shape
-        ih, hh, bias_ih, bias_hh = self._parameters
+        ih, hh, bias_ih, bias_hh = (
+            None if weight is None else self._wide(weight) for weight in self._parameters
+        )
         assert ih is not None
         assert hh is not None
         weights = Weights(ih, hh, bias_ih, bias_hh)
@@ -521,7 +521,11 @@ class _Walk:
                 return None if array is None else array[part]
 
             steps = Steps(
-                self._x[part], h_before[part], self.y[part], cut(c_before), cut(self._cells)
+                self._wide(self._x[part]),
+                self._wide(h_before[part]),
+                self._wide(self.y[part]),
+                cut(c_before),
+                cut(self._cells),
             )
             errors = gate_gradients(self._cell, weights, steps, grad_h[part], cut(grad_c))
             if errors.cell is not None:
@@ -537,14 +541,19 @@ class _Walk:
             present = zip(self._names, self._parameters, norms.values(), strict=True)
             self.weights = {name: norm for name, weight, norm in present if weight is not None}
 
+    def _wide(self, array: Array) -> Array:
+        """Return an array in the dtype of arithmetic."""
+        return array.astype(self._dtype, copy=False)
+
     def _before(self) -> tuple[Array, Array | None]:
         """Return the states that the steps began with, each `[n, B, H]`."""
         h, c = self._initial if isinstance(self._initial, tuple) else (self._initial, None)
-        first = np.zeros_like(self.y[:1])
-        h_before = np.concatenate([first if h is None else h, self.y[:-1]])
+        h = np.zeros_like(self.y[:1]) if h is None else h
+        h_before = np.concatenate([h, self.y[:-1]])
         if self._cells is None:
             return h_before, None
-        return h_before, np.concatenate([first if c is None else c, self._cells[:-1]])
+        c = np.zeros_like(self._cells[:1]) if c is None else c
+        return h_before, np.concatenate([c, self._cells[:-1]])
 
 
 def _squared_product(left: Array, right: Array) -> Array:
