@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastbptt as fb
+from fastbptt import memory
 from fastbptt.segmented import Segment
 from reference import CELLS, make_layer
 
@@ -162,6 +163,20 @@ def test_segments_are_runs_of_their_own(cell, schedule, dtype, rng):
 @pytest.mark.parametrize("schedule", [fb.Segmented(5, 3), fb.Segmented(4, 4)], ids=str)
 def test_all_parts_of_a_model(schedule, batch_first, readout, embedding, loss, rng):
     task = Task(rng, "lstm", embedding, readout, batch_first=batch_first)
+    assert_by_definition(task, schedule, loss, task.state, "float64")
+
+
+@losses
+@parts
+@ends
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("cell", CELLS)
+def test_pieces_change_nothing(cell, steps, readout, embedding, loss, rng, monkeypatch):
+    monkeypatch.setattr(memory, "_MOST_PIECES", 1000)
+    monkeypatch.setattr(memory, "RUN_AT_ONCE", steps * 4 * B)
+    schedule = fb.Segmented(5, 3)
+    assert memory.steps_at_once(5 + 3, len(list(schedule.segments(T))[1:-1]) * B) < 5
+    task = Task(rng, cell, embedding, readout)
     assert_by_definition(task, schedule, loss, task.state, "float64")
 
 

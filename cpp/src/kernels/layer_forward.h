@@ -91,11 +91,10 @@ class ForwardLayer {
   }
   S* sums_of_h(Index j) const { return norm_ + norm_vectors(job_.shape) + j * job_.batch * width; }
 
-  // Whether the sums of x and of h' are of the same packets, or of as many one further.
-  static constexpr bool joins_shifted =
-      !normalised && Cell::x_count == 3 && Cell::h_count == 3 && Cell::h_first == Cell::x_first + 1;
-  static constexpr bool joins = joins_shifted || (!normalised && Cell::x_count == Cell::h_count &&
-                                                  Cell::x_first == Cell::h_first);
+  // Whether the products of x and h' are of as many packets, those of h' `shift` further.
+  static constexpr bool joins = !normalised && Cell::x_count == Cell::h_count;
+  static constexpr int shift = Cell::h_first - Cell::x_first;
+  static_assert(!joins || shift == 0 || (shift == 1 && Cell::x_count == 3), "no tile shifts so");
 
   static constexpr Index few_rows = tile_rows(Cell::h_count);
   // With so few rows that each panel serves a single tile, or weights that do not stay in L2 from
@@ -287,8 +286,8 @@ class ForwardLayer {
         product.a[r] = x.at(0, row + r);
         product.behind[r] = h_.at(0, row + r);
       }
-      joins_shifted ? multiply_rows_shifted(R, product)
-                    : multiply_rows(R, packets_of_tile, true, product);
+      shift > 0 ? multiply_rows_shifted(R, product)
+                : multiply_rows(R, packets_of_tile, true, product);
     };
     for_row_tiles(B, packets_of_tile, [&](Index R, Index row) {
       for (Index r = row; !normalised && r < row + R; ++r) fetch_tape(t, j, r);

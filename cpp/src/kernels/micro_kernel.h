@@ -139,7 +139,7 @@ struct RowsProduct {
 // What comes behind is added to the sums `Shift` packets further.
 template <class S, int R, int Q, int Sets, int Width = Q, int Shift = 0>
 __attribute__((noinline)) void multiply_rows(const RowsProduct<S>& product) {
-  static_assert(Shift == 0 || (Shift == 1 && Sets == 1), "as it is wanted");
+  static_assert(Shift == 0 || (Shift == 1 && Sets == 1), "a tile shifts by one packet, as a whole");
   constexpr Index step = Width * lanes<S>;
   const S* a[R];
   for (int r = 0; r < R; ++r) a[r] = product.a[r];

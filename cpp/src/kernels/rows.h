@@ -114,7 +114,7 @@ class Rows {
   void add_gradient(Index n, Index stride, const S* x, const S* sums, Index begin, Index end,
                     Index from_column, Index to_column, S* gradient) const {
     const Index K = panels_.I;
-    // Few enough rows at a time that their gradients stay in L1 for all columns.
+    // Few enough rows at a time that their gradients stay in the first caches for all columns.
     constexpr Index most = panel_bytes / (Index(sizeof(S)) * width);
     for (Index j = begin; j < end; ++j) {
       const Index Q = panels_.packets(j);

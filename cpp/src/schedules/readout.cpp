@@ -27,12 +27,13 @@ constexpr Index direct_rows = 4;
 template <class S>
 class Blocks {
  public:
+  // `flops`: of each value of a row. A product computes whole packets.
   Blocks(const Linear<S>& layer, double flops, bool gradient)
-      : layer_(layer),
-        block_(block_of(layer.rows, layer.N)),
-        parts_(static_cast<int>(std::min(
-            {std::max(1.0, flops / flops_a_thread), double(get_num_threads()), double(block_)}))) {
+      : layer_(layer), block_(block_of(layer.rows, layer.N)) {
     const Index K = layer.K, N = layer.N;
+    const double worth = flops * layer.rows * (layer.weight ? step() : N) / flops_a_thread;
+    parts_ = static_cast<int>(
+        std::min({std::max(1.0, worth), double(get_num_threads()), double(block_)}));
     values_ = Buffer<S>(parts_ * slice_rows * step());
     if (!layer.weight) return;
     sums_ = Buffer<S>(kernel_.sums(N, block_));
@@ -99,12 +100,14 @@ class Blocks {
   void add_gradient(Index begin, Index n, S* panels) const {
     // Shared out are panels, or columns of all panels where these are too few.
     const Index J = kernel_.panels(layer_.N), K = layer_.K;
-    const bool columns = J < parts_;
-    const int parts = static_cast<int>(std::min<Index>(parts_, columns ? K : J));
+    const Index all = J < parts_ ? K : J;
+    const int parts = static_cast<int>(std::min<Index>(parts_, all));
     run_parts(parts, [&](int p) {
-      kernel_.add_gradient(K, layer_.N, n, block_, layer_.x + begin * K, sums_.data(),
-                           columns ? 0 : J * p / parts, columns ? J : J * (p + 1) / parts,
-                           columns ? K * p / parts : 0, columns ? K * (p + 1) / parts : K, panels);
+      Index panel[] = {0, J}, column[] = {0, K};
+      Index* const shared = J < parts_ ? column : panel;
+      shared[0] = all * p / parts, shared[1] = all * (p + 1) / parts;
+      kernel_.add_gradient(K, layer_.N, n, block_, layer_.x + begin * K, sums_.data(), panel[0],
+                           panel[1], column[0], column[1], panels);
     });
   }
   void unpack(const Buffer<S>& panels, S* weight, S* bias) const {
@@ -115,7 +118,7 @@ class Blocks {
   const Linear<S>& layer_;
   const RowsKernels<S>& kernel_ = kernels().rows<S>();
   const Index block_;
-  const int parts_;
+  int parts_;
   Buffer<S> sums_, values_, scratch_, packed_, columns_;
 };
 
@@ -157,7 +160,7 @@ void linear(const Linear<S>& layer, S* y, bool cuts, Interrupt interrupt) {
                                                  layer.weight, layer.bias, y);
   }
   StopFlag stop(interrupt);
-  const Blocks<S> blocks(layer, 2.0 * layer.rows * layer.K * layer.N, false);
+  const Blocks<S> blocks(layer, 2.0 * layer.K, false);
   blocks.run(
       stop,
       [&](int, Index first, Index row, Index n, S*) {
@@ -171,7 +174,7 @@ template <class S>
 void linear_backward(const Linear<S>& layer, const S* grad_y, S* grad_x, S* grad_weight,
                      S* grad_bias, Interrupt interrupt) {
   StopFlag stop(interrupt);
-  const Blocks<S> blocks(layer, 4.0 * layer.rows * layer.K * layer.N, true);
+  const Blocks<S> blocks(layer, 4.0 * layer.K, true);
   const Buffer<S> gradient = blocks.gradient(grad_weight, grad_bias);
   blocks.run(
       stop,
@@ -187,10 +190,7 @@ template <class S>
 double readout_loss(const ReadoutLoss<S>& job, Interrupt interrupt) {
   const Linear<S>& readout = job.readout;
   const Index K = readout.K, N = readout.N;
-  // A product computes whole packets.
-  const Index lanes = readout.weight ? Blocks<S>::row_step(N) : N;
-  const Blocks<S> blocks(readout, (readout.weight ? 6.0 * K : 20.0) * readout.rows * lanes,
-                         job.grad_x != nullptr);
+  const Blocks<S> blocks(readout, readout.weight ? 6.0 * K : 20.0, job.grad_x != nullptr);
   const Index step = blocks.step();
   const bool weights = readout.weight && job.grad_x;
   const Buffer<S> gradient =
