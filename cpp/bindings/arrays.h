@@ -93,7 +93,7 @@ template <class S>
 py::array new_array(const std::vector<Index>& shape) {
   Index size = 1;
   for (const Index n : shape) size *= n;
-  if (size * Index(sizeof(S)) < Index(large_block)) return py::array(dtype_of<S>(), shape);
+  if (size * Index(sizeof(S)) < Index(kept_block)) return py::array(dtype_of<S>(), shape);
   auto buffer = std::make_unique<Buffer<S>>(size);
   S* const data = buffer->data();
   py::capsule owner(buffer.get(), [](void* p) { delete static_cast<Buffer<S>*>(p); });

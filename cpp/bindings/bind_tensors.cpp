@@ -471,7 +471,7 @@ class Verbs {
   // A large one is memory of this library's: of huge pages, and kept for the next training step.
   template <class S>
   py::object new_tape(py::handle like, Index size, S*& data) const {
-    if (size * Index(sizeof(S)) >= Index(large_block)) {
+    if (size * Index(sizeof(S)) >= Index(kept_block)) {
       Buffer<S> buffer(size);
       data = buffer.data();
       return tensors_.tensor_of(std::move(buffer));

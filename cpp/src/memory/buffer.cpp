@@ -19,6 +19,7 @@ constexpr std::size_t ask_from = std::size_t(256) << 20;
 // A large tape is written once from end to end, so most of its cost is the pages' first touch: huge
 // ones, where the system has them, take fewer faults for it.
 constexpr std::size_t huge_page = std::size_t(2) << 20;
+constexpr std::size_t large_block = 2 * huge_page;
 
 // What Linux thinks it can still give without swapping; no limit where that is not known.
 std::size_t available_memory() {
@@ -43,7 +44,7 @@ std::size_t alignment_of(std::size_t bytes) { return bytes >= large_block ? huge
 
 // Large blocks end where a page does, of whatever size: the system is told about whole pages.
 std::size_t rounded(std::size_t bytes) {
-  const std::size_t unit = bytes >= large_block ? large_block_unit : 64;
+  const std::size_t unit = bytes >= kept_block ? kept_block_unit : 64;
   return (bytes + unit - 1) / unit * unit;
 }
 
@@ -104,7 +105,8 @@ class FreeBlocks {
     *free = {data, bytes, ++puts_};
     bytes_ += bytes;
     shrink();
-    if (free->data == data) madvise(data, bytes, MADV_FREE);
+    // Of small blocks the system would get little, for a call that costs a good part of a step.
+    if (free->data == data && bytes >= large_block) madvise(data, bytes, MADV_FREE);
   }
   // Frees some while, with what is in use, there are too many.
   void make_room() noexcept {
@@ -171,7 +173,7 @@ FreeBlocks free_blocks() { return {}; }
 
 void* allocate_aligned(std::size_t bytes) {
   bytes = rounded(bytes);
-  void* data = bytes >= large_block ? free_blocks().take(bytes) : nullptr;
+  void* data = bytes >= kept_block ? free_blocks().take(bytes) : nullptr;
   const bool fresh = !data;
   if (fresh) {
     try {
@@ -182,7 +184,7 @@ void* allocate_aligned(std::size_t bytes) {
     }
   }
   count(bytes);
-  if (fresh && bytes >= large_block) free_blocks().make_room();
+  if (fresh && bytes >= kept_block) free_blocks().make_room();
   return data;
 }
 
@@ -190,7 +192,7 @@ void free_aligned(void* data, std::size_t bytes) noexcept {
   if (!data) return;
   bytes = rounded(bytes);
   live.fetch_sub(bytes, std::memory_order_relaxed);
-  if (bytes >= large_block) return free_blocks().put(data, bytes);
+  if (bytes >= kept_block) return free_blocks().put(data, bytes);
   std::free(data);
 }
 
