@@ -20,15 +20,29 @@ from test_options import SMOOTH, draw_any
 ml_dtypes = pytest.importorskip("ml_dtypes")
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
-CELLS = ["rnn_tanh", "lstm", "coupled", "projected", "gru", "gru_reset_before"]
+CELLS = [
+    "rnn_tanh",
+    "lstm",
+    "coupled",
+    "projected",
+    "normalised",
+    "gru",
+    "gru_reset_before",
+    "gru_normalised",
+]
 
 
 def make(kind, *sizes, dtype="bfloat16", **settings):
     if kind.startswith("rnn"):
         return fb.RNN(*sizes, nonlinearity=kind[4:], dtype=dtype, **settings)
     if kind.startswith("gru"):
-        return fb.GRU(*sizes, reset_after=kind == "gru", dtype=dtype, **settings)
-    more = {"coupled": {"coupled": True}, "projected": {"proj_size": sizes[1] // 2}}
+        own = {"reset_after": kind != "gru_reset_before", "layer_norm": kind == "gru_normalised"}
+        return fb.GRU(*sizes, **own, dtype=dtype, **settings)
+    more = {
+        "coupled": {"coupled": True},
+        "projected": {"proj_size": sizes[1] // 2},
+        "normalised": {"layer_norm": True},
+    }
     return fb.LSTM(*sizes, dtype=dtype, **more.get(kind, {}), **settings)
 
 
@@ -52,7 +66,7 @@ def narrow(problem):
 @pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize("cell", SMOOTH)
 def test_with_any_options_results_are_near_those_of_float64(cell, seed, threads):
-    problem = narrow(draw_any(np.random.default_rng([seed, 32]), cell, "float32", layer_norm=False))
+    problem = narrow(draw_any(np.random.default_rng([seed, 32]), cell, "float32"))
     found = options.run_library(problem)
     wanted = options.run_library(problem.astype("float64"))
     for name, value in wanted.items():
@@ -181,7 +195,7 @@ def test_any_shape_strided_and_read_only(kind, T, B, rng):
     assert (state[0] if isinstance(state, tuple) else state).dtype == BF16
 
 
-@pytest.mark.parametrize("kind", CELLS)
+@pytest.mark.parametrize("kind", [kind for kind in CELLS if "normalised" not in kind])
 def test_memory_is_half(kind):
     T, B, layers = 64, 4, 3
     sizes = 8, 16, layers
@@ -302,9 +316,13 @@ def test_without_ml_dtypes_the_message_names_the_extra(monkeypatch):
         fb.LSTM(2, 3, dtype="bfloat16")
 
 
-def test_layer_norm_is_refused():
-    with pytest.raises(ValueError, match="layer_norm: got True for a layer of bfloat16"):
-        fb.LSTM(2, 3, layer_norm=True, dtype="bfloat16")
+@pytest.mark.parametrize("cell", [fb.LSTM, fb.GRU])
+def test_the_tape_of_layer_norm_is_float32(cell):
+    layer = cell(2, 3, layer_norm=True, dtype="bfloat16")
+    assert layer.tape == "float32"
+    assert "tape=" not in repr(layer)
+    with pytest.raises(ValueError, match="tape: got 'bfloat16' beside layer_norm=True"):
+        cell(2, 3, layer_norm=True, dtype="bfloat16", tape="bfloat16")
 
 
 @pytest.mark.parametrize("at", [-1, None])

@@ -124,10 +124,6 @@ class Recurrent(Part, Generic[StateT]):
         self.recurrent_dropout = as_probability("recurrent_dropout", recurrent_dropout)
         self.zoneout = self._as_zoneout(zoneout)
         self.layer_norm = as_bool("layer_norm", layer_norm)
-        if self.layer_norm and self.dtype != self.compute_dtype:
-            raise ValueError(
-                f"layer_norm: got True for a layer of {self.dtype}, wanted float32 or float64"
-            )
         self.precision = None if precision is None else as_precision(precision)
         L, I, H, D = self.num_layers, self.input_size, self.hidden_size, self.directions  # noqa: E741
         R, P = self.proj_size or H, self.proj_size
@@ -153,7 +149,7 @@ class Recurrent(Part, Generic[StateT]):
         own: str = self.dtype.name
         fitting = ("float64",) if own == "float64" else ("float32", "bfloat16")
         if value is None:
-            return own
+            return self._own_tape()
         if value not in fitting:
             wanted = " or ".join(map(repr, fitting))
             raise ValueError(f"tape: got {value!r} for a layer of {own}, wanted {wanted}")
@@ -161,9 +157,13 @@ class Recurrent(Part, Generic[StateT]):
             raise ValueError(f"tape: got {value!r} beside layer_norm=True, wanted one of them")
         return value
 
+    def _own_tape(self) -> str:
+        # What is normalised has no bounds that bfloat16 could be scaled to.
+        return self.compute_dtype.name if self.layer_norm else self.dtype.name
+
     def _other_tape(self) -> str | None:
         """Return the dtype of the tape where it is not the layer's own."""
-        return None if self.tape == self.dtype.name else self.tape
+        return None if self.tape == self._own_tape() else self.tape
 
     def _as_zoneout(self, value: Any) -> float | tuple[float, float]:
         if not isinstance(value, (tuple, list)):
@@ -900,7 +900,7 @@ class LSTM(Recurrent[tuple[Array, Array]]):
         `weight_ln_hh_l0` `[4H]`, `weight_ln_c_l0` `[H]`, all ones at first, and `bias_ln_c_l0`
         `[H]` if there are biases, which all start at zero. In zoneout c_t is the one that is
         computed. A tape has 9H + 4 values a step and row, 7H + 4 if coupled, in the place of 5H
-        and 4H, and cannot be in bfloat16.
+        and 4H, always float32 or float64.
     tape : {"float32", "bfloat16"}, optional
         The dtype of what training keeps of each step beside x and y, by default that of the layer.
         In bfloat16, not for float64 layers, it takes half of the memory: the results stay the same
@@ -1083,7 +1083,7 @@ class GRU(Recurrent[Array]):
         together and the H of n by themselves (some libraries take all 3H together). There are
         `weight_ln_ih_l0` and `weight_ln_hh_l0` `[3H]`, ones at first; biases start at zero. It goes
         with `reset_after=True` alone, for which the paper states it. A tape has 6H + 4 values a
-        step and row in the place of 4H, and cannot be in bfloat16.
+        step and row in the place of 4H, always float32 or float64.
     tape : {"float32", "bfloat16"}, optional
         The dtype of what training keeps of each step beside x and y, by default that of the layer.
         In bfloat16, not for float64 layers, it takes half of the memory: the results stay the same

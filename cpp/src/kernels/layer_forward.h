@@ -380,6 +380,7 @@ class ForwardLayer {
         job_.tape.wide.data ? job_.tape.wide.at(t, b) + Cell::tape * panels_.H : nullptr,
         sums_of_h(panels_.count()) + job_.team.rank * Rows::forward_spare(job_.shape)};
     Rows::forward(panels_, row, unit_of, option_of);
+    for (Index j = 0; j < panels_.count() && !second_.exists; ++j) round_y(t, b, j * p);
   }
 
   ForwardUnit<S> unit(Index t, Index b, Index first) const {
