@@ -687,7 +687,7 @@ class ReverseLayer {
 
   // The weight gradients of so many columns stay in L1, and with them what rows of so many, rows of
   // the gate gradients and pieces of the inputs' rows, add to them.
-  static constexpr Index columns_at_once = 48, rows_at_once = 64;
+  static constexpr Index columns_at_once = 48, rows_at_once = 128;
 
   // to[i][q] += sum over t in [begin, end) and b, from the last to the first, of
   // a(t, b)[i] * gradient(t + shift, b)[q], a panel of gradients whose rows are `step` apart.

@@ -223,11 +223,15 @@ struct ColumnsProduct {
 template <class S, int R, int Q, int Width = Q>
 __attribute__((noinline)) void multiply_columns(const ColumnsProduct<S>& product) {
   Tile<S, R, Q> tile;
+  // The sums of the tile behind this one come meanwhile.
+  const S* fetch = product.sums + R * Width * lanes<S>;
   tile.read(product.sums, Width * lanes<S>);
   for (Index run = 0; run < product.runs; ++run) {
     const S* a = product.a + run * product.a_run;
     const S* panel = product.panel + run * product.panel_run;
     for (Index k = 0; k < product.K; ++k, a += product.a_row, panel += product.panel_row) {
+      __builtin_prefetch(fetch);
+      fetch += 64 / sizeof(S);
       tile.multiply([&](int r) { return a + r; }, panel);
     }
   }
