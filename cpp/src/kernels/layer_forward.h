@@ -152,11 +152,11 @@ class ForwardLayer {
         }
       }
       for (Index j = begin; single && j < end; ++j) {
-        for (Index b = 0; b < job_.batch; ++b) finish(t, j, b, ahead(j, t * job_.batch + b));
+        for (Index b = 0; b < job_.batch; ++b) finish_row(t, j, b, ahead(j, t * job_.batch + b));
       }
       team.wait();
       if constexpr (normalised) {
-        for (Index b = team.begin(job_.batch); b < team.end(job_.batch); ++b) finish_row(t, b);
+        for (Index b = team.begin(job_.batch); b < team.end(job_.batch); ++b) norm_row(t, b);
         team.wait();
       }
       if constexpr (Cell::second != Second::none) {
@@ -297,7 +297,9 @@ class ForwardLayer {
         if (whole && !ahead_) pass(R, row, x, x_range<Cell>, 0, I, x_panel);
         pass(R, row, h_, h_range<Cell>, begin, K_h, h_panel + begin * h_step);
       }
-      for (Index r = row; !normalised && r < row + R; ++r) finish(t, j, r, sums + r * width);
+      for (Index r = row; !normalised && r < row + R; ++r) {
+        finish_row(t, j, r, sums + r * width);
+      }
     });
   }
 
@@ -364,7 +366,7 @@ class ForwardLayer {
   }
 
   // The cells of a row whose products are all known.
-  __attribute__((noinline)) void finish_row(Index t, Index b) const {
+  __attribute__((noinline)) void norm_row(Index t, Index b) const {
     using Rows = NormRows<S, Cell>;
     const auto unit_of = [&](Index j) { return unit(t, b, j * p); };
     const auto option_of = [&](Index j) {
@@ -383,8 +385,9 @@ class ForwardLayer {
     for (Index j = 0; j < panels_.count() && !second_.exists; ++j) round_y(t, b, j * p);
   }
 
-  ForwardUnit<S> unit(Index t, Index b, Index first) const {
-    const Index n = panels_.units(first);
+  template <bool whole = false>
+  FASTBPTT_INLINE ForwardUnit<S> unit(Index t, Index b, Index first) const {
+    const Index n = whole ? p : panels_.units(first);
     ForwardUnit<S> u;
     u.n = n;
     if (second_.projects()) {
@@ -401,39 +404,53 @@ class ForwardLayer {
   }
 
   // y as the steps behind it and the caller see it.
+  template <bool whole = false>
   FASTBPTT_INLINE void round_y(Index t, Index b, Index first) const {
     if constexpr (std::is_same_v<S, float>) {
       if (!job_.narrow_y) return;
       S* const y = job_.y.at(t, b) + first;
-      const Index n = Panels<S, Cell>::valid(panels_.R, first);
+      const Index n = whole ? p : Panels<S, Cell>::valid(panels_.R, first);
       store(y, rounded_to_bfloat16(load(y, n)), n);
     }
   }
 
-  // The cell, from the sums of one row.
+  // The cells of a row in panel j, from its sums. Those whose packets are whole, which is all but
+  // the last of an odd size, have code of their own, in which no load asks how much it may read.
+  FASTBPTT_INLINE void finish_row(Index t, Index j, Index b, const S* sums) const {
+    if (!optioned_ && panels_.whole(j)) {
+      finish<true>(t, j, b, sums);
+    } else {
+      finish_apart(t, j, b, sums);
+    }
+  }
+  __attribute__((noinline)) void finish_apart(Index t, Index j, Index b, const S* sums) const {
+    finish<false>(t, j, b, sums);
+  }
+  template <bool whole>
   FASTBPTT_INLINE void finish(Index t, Index j, Index b, const S* sums) const {
-    optioned_ ? finish_optioned(t, j, b, sums) : cell(t, j, b, sums);
+    if (!whole && optioned_) {
+      finish_optioned(t, j, b, sums);
+    } else {
+      cell<whole>(t, j, b, sums);
+    }
     if (second_.exists) return;
     for (Index q = 0; q < (Cell::wide ? panels_.packets(j) : 1); ++q) {
-      round_y(t, b, panels_.unit(j, q));
+      round_y<whole>(t, b, panels_.unit(j, q));
     }
   }
 
-  // The same where a copy of the activations would save little.
-  __attribute__((noinline)) void finish_apart(Index t, Index j, Index b, const S* sums) const {
-    finish(t, j, b, sums);
-  }
-
+  template <bool whole>
   FASTBPTT_INLINE void cell(Index t, Index j, Index b, const S* sums) const {
     if constexpr (Cell::wide) {
       for (Index q = 0; q < panels_.packets(j); ++q) {
-        Cell::forward(sums + q * p, unit(t, b, panels_.unit(j, q)));
+        Cell::forward(sums + q * p, unit<whole>(t, b, panels_.unit(j, q)));
       }
     } else if constexpr (Cell::second == Second::candidate) {
-      Cell::forward_gates(sums, unit(t, b, j * p), second_sums_ + b * second_.sums_row() + j * p,
+      Cell::forward_gates(sums, unit<whole>(t, b, j * p),
+                          second_sums_ + b * second_.sums_row() + j * p,
                           inputs_ + b * second_.input_row() + j * p);
     } else {
-      Cell::forward(sums, unit(t, b, j * p));
+      Cell::forward(sums, unit<whole>(t, b, j * p));
     }
   }
 

@@ -284,11 +284,12 @@ class ReverseLayer {
     multiply_rows(R, Q, split, product);
   }
 
+  template <bool whole = false>
   FASTBPTT_INLINE ReverseUnit<S> unit(Index t, Index b, Index block) const {
     const Index first = block * p, H = panels_.H;
     const bool initial = t == 0 && job_.first;
     ReverseUnit<S> u;
-    u.n = panels_.units(first);
+    u.n = whole ? p : panels_.units(first);
     if (second_.projects()) {
       u.output = second_input(t * job_.batch + b, first);
     } else {
@@ -370,28 +371,42 @@ class ReverseLayer {
           for (Index r = 0; r < R; ++r) {
             if (optioned_) {
               step_optioned(t, b + r, Q, panel, sums + r * 4 * p);
-              continue;
-            }
-            const S* const grad_y = job_.grad_y.data ? job_.grad_y.at(t, b + r) : nullptr;
-            for (Index q = 0; q < Q; ++q) {
-              const Index first = (panel * 4 + q) * p, row = t * B + b + r;
-              // The step's own error comes last, as it does where time is cut before the step.
-              Packet<S> grad_h = load(sums + (r * 4 + q) * p);
-              if (grad_y) grad_h = padd(grad_h, load(grad_y + first, panels_.valid(K, first)));
-              if (second_.projects()) {
-                store(second_grads(panel, row) + q * p, grad_h);
-              } else if constexpr (normalised) {
-                store(norm_grad_h(b + r) + first, grad_h);
-              } else if constexpr (Cell::second == Second::candidate) {
-                Cell::backward_candidate(grad_h, unit(t, b + r, panel * 4 + q),
-                                         second_grads(panel, row) + q * p,
-                                         second_input(row, first));
-              } else {
-                Cell::backward(grad_h, unit(t, b + r, panel * 4 + q));
-              }
+            } else if ((panel * 4 + Q) * p <= K) {
+              step_row<true>(t, b + r, Q, panel, sums + r * 4 * p);
+            } else {
+              step_apart(t, b + r, Q, panel, sums + r * 4 * p);
             }
           }
         });
+  }
+
+  // The cells of a row; if `whole`, all packets are full, and no load asks how much it may read.
+  template <bool whole>
+  FASTBPTT_INLINE void step_row(Index t, Index b, Index Q, Index panel, const S* sums) const {
+    const S* const grad_y = job_.grad_y.data ? job_.grad_y.at(t, b) : nullptr;
+    for (Index q = 0; q < Q; ++q) {
+      const Index first = (panel * 4 + q) * p, row = t * job_.batch + b;
+      // The step's own error comes last, as it does where time is cut before the step.
+      Packet<S> grad_h = load(sums + q * p);
+      if (grad_y) {
+        const Index n = whole ? p : panels_.valid(panels_.R, first);
+        grad_h = padd(grad_h, load(grad_y + first, n));
+      }
+      if (second_.projects()) {
+        store(second_grads(panel, row) + q * p, grad_h);
+      } else if constexpr (normalised) {
+        store(norm_grad_h(b) + first, grad_h);
+      } else if constexpr (Cell::second == Second::candidate) {
+        Cell::backward_candidate(grad_h, unit<whole>(t, b, panel * 4 + q),
+                                 second_grads(panel, row) + q * p, second_input(row, first));
+      } else {
+        Cell::backward(grad_h, unit<whole>(t, b, panel * 4 + q));
+      }
+    }
+  }
+  __attribute__((noinline)) void step_apart(Index t, Index b, Index Q, Index panel,
+                                            const S* sums) const {
+    step_row<false>(t, b, Q, panel, sums);
   }
 
   // The same with options. What comes back to a row has not gone through the options of the step

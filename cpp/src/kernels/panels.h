@@ -124,6 +124,8 @@ struct Panels {
   // The hidden units of packet q of panel j, and how many of them there are.
   Index unit(Index j, Index q) const { return (Cell::wide ? 4 * j + q : j) * p; }
   Index units(Index unit) const { return valid(H, unit); }
+  // Whether all packets of panel j are full of units.
+  bool whole(Index j) const { return j < count() - 1 || H % p == 0; }
   // Of a packet that begins at column `first`, the lanes that are columns.
   static Index valid(Index columns, Index first) {
     return columns - first < p ? columns - first : p;
