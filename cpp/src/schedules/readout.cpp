@@ -57,22 +57,32 @@ class Blocks {
   }
   static Index scratch_size() { return slice_rows * 4 * kernels().rows<S>().lanes; }
 
-  // Calls slice(part, first row of all, row in the block, rows, room for their values [rows, N]).
+  // Calls slice(part, first row of all, row in the block, rows, room for their values [rows, N]),
+  // and after all slices of a block gradient(part, first row of all, rows). One team does all
+  // blocks: to wake a thread takes as long as its share of one, where rows have few values.
   template <class F, class G>
-  void run(StopFlag& stop, F&& slice, G&& after_block) const {
-    for (Index end = layer_.rows; end > 0 && !stop.is_set();) {
-      const Index begin = std::max<Index>(0, end - block_);
-      const Index n = end - begin;
-      run_parts(parts_, [&](int p) {
-        const Index last = n * (p + 1) / parts_;
-        for (Index row = n * p / parts_; row < last && !stop.asked(); row += slice_rows) {
-          slice(p, begin + row, row, std::min(slice_rows, last - row),
-                values_.data() + p * slice_rows * step());
+  void run(StopFlag& stop, F&& slice, G&& gradient) const {
+    Barrier barrier;
+    bool ended = false;  // written by one member while the others are between the barriers
+    run_team(parts_, [&](int rank, int size) {
+      for (Index end = layer_.rows; end > 0;) {
+        const Index begin = std::max<Index>(0, end - block_);
+        const Index n = end - begin;
+        for (int p = rank; p < parts_; p += size) {
+          const Index last = n * (p + 1) / parts_;
+          for (Index row = n * p / parts_; row < last && !stop.asked(); row += slice_rows) {
+            slice(p, begin + row, row, std::min(slice_rows, last - row),
+                  values_.data() + p * slice_rows * step());
+          }
         }
-      });
-      if (!stop.is_set()) after_block(begin, n);
-      end = begin;
-    }
+        barrier.wait(size);
+        for (int p = rank; p < parts_; p += size) gradient(p, begin, n);
+        if (rank == 0) ended = stop.is_set();
+        barrier.wait(size);
+        if (ended) return;
+        end = begin;
+      }
+    });
     stop.raise();
   }
 
@@ -97,18 +107,15 @@ class Blocks {
     kernel_.pack(layer_.K, layer_.N, weight, bias, panels.data());
     return panels;
   }
-  void add_gradient(Index begin, Index n, S* panels) const {
+  void add_gradient(int part, Index begin, Index n, S* panels) const {
     // Shared out are panels, or columns of all panels where these are too few.
     const Index J = kernel_.panels(layer_.N), K = layer_.K;
     const Index all = J < parts_ ? K : J;
-    const int parts = static_cast<int>(std::min<Index>(parts_, all));
-    run_parts(parts, [&](int p) {
-      Index panel[] = {0, J}, column[] = {0, K};
-      Index* const shared = J < parts_ ? column : panel;
-      shared[0] = all * p / parts, shared[1] = all * (p + 1) / parts;
-      kernel_.add_gradient(K, layer_.N, n, block_, layer_.x + begin * K, sums_.data(), panel[0],
-                           panel[1], column[0], column[1], panels);
-    });
+    Index panel[] = {0, J}, column[] = {0, K};
+    Index* const shared = J < parts_ ? column : panel;
+    shared[0] = all * part / parts_, shared[1] = all * (part + 1) / parts_;
+    kernel_.add_gradient(K, layer_.N, n, block_, layer_.x + begin * K, sums_.data(), panel[0],
+                         panel[1], column[0], column[1], panels);
   }
   void unpack(const Buffer<S>& panels, S* weight, S* bias) const {
     kernel_.unpack(layer_.K, layer_.N, panels.data(), weight, bias);
@@ -167,7 +174,7 @@ void linear(const Linear<S>& layer, S* y, bool cuts, Interrupt interrupt) {
         blocks.multiply(first, row, n);
         blocks.read(row, n, y + first * layer.N, layer.N);
       },
-      [](Index, Index) {});
+      [](int, Index, Index) {});
 }
 
 template <class S>
@@ -182,7 +189,7 @@ void linear_backward(const Linear<S>& layer, const S* grad_y, S* grad_x, S* grad
         blocks.write(row, n, grad_y + first * layer.N, layer.N);
         blocks.grad_x(p, row, n, grad_x + first * layer.K);
       },
-      [&](Index begin, Index n) { blocks.add_gradient(begin, n, gradient.data()); });
+      [&](int p, Index begin, Index n) { blocks.add_gradient(p, begin, n, gradient.data()); });
   blocks.unpack(gradient, grad_weight, grad_bias);
 }
 
@@ -223,8 +230,8 @@ double readout_loss(const ReadoutLoss<S>& job, Interrupt interrupt) {
         blocks.write(row, n, values, step);
         blocks.grad_x(p, row, n, job.grad_x + first * K);
       },
-      [&](Index begin, Index n) {
-        if (weights) blocks.add_gradient(begin, n, gradient.data());
+      [&](int p, Index begin, Index n) {
+        if (weights) blocks.add_gradient(p, begin, n, gradient.data());
       });
   if (weights) blocks.unpack(gradient, job.grad_weight, job.grad_bias);
   double sum = 0;
