@@ -11,11 +11,10 @@ namespace fastbptt {
 // overcommitting kernel kill the process when the pages are touched.
 void* allocate_aligned(std::size_t bytes);
 
-// Blocks of this size and more are kept for the next step when they are freed, and take a multiple
-// of the unit. It is where malloc begins to give each block back to the system at once, or now and
-// then, as its heap happens to lie.
+// Blocks of this size and more are kept for the next step when they are freed. It is where malloc
+// begins to give each block back to the system at once, or now and then, as its heap happens to
+// lie.
 constexpr std::size_t kept_block = std::size_t(128) << 10;
-constexpr std::size_t kept_block_unit = std::size_t(64) << 10;
 
 // Takes back what allocate_aligned(bytes) gave; null is nothing.
 void free_aligned(void* data, std::size_t bytes) noexcept;

@@ -20,6 +20,7 @@ constexpr std::size_t ask_from = std::size_t(256) << 20;
 // ones, where the system has them, take fewer faults for it.
 constexpr std::size_t huge_page = std::size_t(2) << 20;
 constexpr std::size_t large_block = 2 * huge_page;
+constexpr std::size_t large_block_unit = std::size_t(64) << 10;
 
 // What Linux thinks it can still give without swapping; no limit where that is not known.
 std::size_t available_memory() {
@@ -44,7 +45,7 @@ std::size_t alignment_of(std::size_t bytes) { return bytes >= large_block ? huge
 
 // Large blocks end where a page does, of whatever size: the system is told about whole pages.
 std::size_t rounded(std::size_t bytes) {
-  const std::size_t unit = bytes >= kept_block ? kept_block_unit : 64;
+  const std::size_t unit = bytes >= large_block ? large_block_unit : 64;
   return (bytes + unit - 1) / unit * unit;
 }
 
