@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "kernels/direct_product.h"
+#include "kernels/few_outputs.h"
 #include "kernels/micro_kernel.h"
 #include "kernels/panels.h"
 
@@ -188,36 +189,52 @@ double cross_entropy(Index n, Index N, S* logits, Index step, const std::int64_t
   return sum;
 }
 
+// Calls body with what computes a readout from K values to N.
+template <class S, class F>
+FASTBPTT_INLINE auto with_rows(Index K, Index N, F&& body) {
+  return N <= FewOutputs<S>::most ? body(FewOutputs<S>(K, N)) : body(Rows<S>(K, N));
+}
+
 template <class S>
 constexpr RowsKernels<S> rows_kernels() {
   return {
-      [](Index K, Index N) { return Rows<S>(K, N).packed(); },
+      [](Index K, Index N) { return with_rows<S>(K, N, [&](auto rows) { return rows.packed(); }); },
       [](Index K, Index N, const S* weight, const S* bias, S* packed) {
-        Rows<S>(K, N).pack(weight, bias, packed);
+        with_rows<S>(K, N, [&](auto rows) { rows.pack(weight, bias, packed); });
       },
       [](Index K, Index N, const S* packed, S* weight, S* bias) {
-        Rows<S>(K, N).unpack(packed, weight, bias);
+        with_rows<S>(K, N, [&](auto rows) { rows.unpack(packed, weight, bias); });
       },
-      [](Index K, Index N) { return Rows<S>(K, N).columns(); },
+      [](Index K, Index N) {
+        return with_rows<S>(K, N, [&](auto rows) { return rows.columns(); });
+      },
       [](Index K, Index N, const S* weight, S* columns) {
-        Rows<S>(K, N).pack_columns(weight, columns);
+        with_rows<S>(K, N, [&](auto rows) { rows.pack_columns(weight, columns); });
       },
-      [](Index N, Index stride) { return Rows<S>(1, N).sums(stride); },
-      [](Index N) { return Rows<S>(1, N).panels(); },
+      [](Index N, Index stride) {
+        return with_rows<S>(1, N, [&](auto rows) { return rows.sums(stride); });
+      },
+      [](Index N) { return with_rows<S>(1, N, [&](auto rows) { return rows.panels(); }); },
       [](Index K, Index N, Index row, Index n, Index stride, const S* x, const S* packed, S* sums) {
-        Rows<S>(K, N).multiply(row, n, stride, x, packed, sums);
+        with_rows<S>(K, N, [&](auto rows) { rows.multiply(row, n, stride, x, packed, sums); });
       },
       [](Index N, Index row, Index n, Index stride, const S* sums, S* y, Index step) {
-        Rows<S>(1, N).read(row, n, stride, sums, y, step);
+        with_rows<S>(1, N, [&](auto rows) { rows.read(row, n, stride, sums, y, step); });
       },
       [](Index N, Index row, Index n, Index stride, const S* y, Index step, S* sums) {
-        Rows<S>(1, N).write(row, n, stride, y, step, sums);
+        with_rows<S>(1, N, [&](auto rows) { rows.write(row, n, stride, y, step, sums); });
       },
       [](Index K, Index N, Index row, Index n, Index stride, const S* sums, const S* columns,
-         S* scratch, S* to) { Rows<S>(K, N).grad_x(row, n, stride, sums, columns, scratch, to); },
+         S* scratch, S* to) {
+        with_rows<S>(K, N, [&](auto rows) {
+          return rows.grad_x(row, n, stride, sums, columns, scratch, to);
+        });
+      },
       [](Index K, Index N, Index n, Index stride, const S* x, const S* sums, Index begin, Index end,
          Index from, Index to, S* gradient) {
-        Rows<S>(K, N).add_gradient(n, stride, x, sums, begin, end, from, to, gradient);
+        with_rows<S>(K, N, [&](auto rows) {
+          rows.add_gradient(n, stride, x, sums, begin, end, from, to, gradient);
+        });
       },
       lanes<S>,
       &multiply_directly<S>,

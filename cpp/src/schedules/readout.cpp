@@ -15,7 +15,7 @@ namespace {
 
 // Values of dL/dy that exist at a time, and the rows that they are cut into for the cache.
 constexpr Index block_values = Index(1) << 16;
-constexpr Index fewest_rows = 128;
+constexpr Index fewest_rows = 128, most_rows = 1024;
 constexpr Index slice_rows = 64;
 
 // Rows up to which packing the weights costs more than it saves.
@@ -31,7 +31,8 @@ class Blocks {
   Blocks(const Linear<S>& layer, double flops, bool gradient)
       : layer_(layer), block_(block_of(layer.rows, layer.N)) {
     const Index K = layer.K, N = layer.N;
-    const double worth = flops * layer.rows * (layer.weight ? step() : N) / flops_a_thread;
+    const Index computed = layer.weight ? std::min(step(), kernel_.sums(N, 1)) : N;
+    const double worth = flops * layer.rows * computed / flops_a_thread;
     parts_ = static_cast<int>(
         std::min({std::max(1.0, worth), double(get_num_threads()), double(block_)}));
     values_ = Buffer<S>(parts_ * slice_rows * step());
@@ -53,7 +54,8 @@ class Blocks {
     return (N + line - 1) / line * line;
   }
   static Index block_of(Index rows, Index N) {
-    return std::min(rows, std::max(fewest_rows, block_values / kernels().rows<S>().sums(N, 1)));
+    const Index fitting = block_values / kernels().rows<S>().sums(N, 1);
+    return std::min(rows, std::clamp(fitting, fewest_rows, most_rows));
   }
   static Index scratch_size() { return slice_rows * 4 * kernels().rows<S>().lanes; }
 
