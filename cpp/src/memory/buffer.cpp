@@ -21,6 +21,7 @@ constexpr std::size_t ask_from = std::size_t(256) << 20;
 constexpr std::size_t huge_page = std::size_t(2) << 20;
 constexpr std::size_t large_block = 2 * huge_page;
 constexpr std::size_t large_block_unit = std::size_t(64) << 10;
+constexpr std::size_t spare = std::size_t(1) << 20;  // for small blocks beyond what was in use
 
 // What Linux thinks it can still give without swapping; no limit where that is not known.
 std::size_t available_memory() {
@@ -79,9 +80,9 @@ void count(std::size_t bytes) {
 #if defined(MADV_FREE) && !defined(__SANITIZE_ADDRESS__)
 // Large blocks that were freed, for the next training step, which wants the same again: to get them
 // from the system each time costs a tenth of a step, and half of one where it has to move other
-// pages to make huge ones. While they lie here the system may take their pages (MADV_FREE). What
-// lies here and what is in use never come to more than one and a half times what was in use at
-// once.
+// pages to make huge ones. While large ones lie here the system may take their pages (MADV_FREE).
+// What lies here and what is in use never come to more than one and a half times what was in use at
+// once, and only large ones to more than a little beyond it.
 class FreeBlocks {
  public:
   // A block of exactly this size, or null.
@@ -105,6 +106,7 @@ class FreeBlocks {
     std::free(remove(*free));
     *free = {data, bytes, ++puts_};
     bytes_ += bytes;
+    if (bytes < large_block) small_ += bytes;
     shrink();
     // Of small blocks the system would get little, for a call that costs a good part of a step.
     if (free->data == data && bytes >= large_block) madvise(data, bytes, MADV_FREE);
@@ -131,14 +133,16 @@ class FreeBlocks {
 
   void* remove(Block& block) noexcept {
     bytes_ -= block.bytes;
+    if (block.bytes < large_block) small_ -= block.bytes;
     return std::exchange(block, Block{}).data;
   }
   // The newest: steps ask for the same blocks in turn, and to give up the oldest would be to give
-  // up each just before it is wanted. But first what nobody has asked for in a long time.
-  Block& victim() noexcept {
+  // up each just before it is wanted. But first what nobody has asked for in a long time. Of those
+  // below `limit`, of which there is one.
+  Block& victim(std::size_t limit = static_cast<std::size_t>(-1)) noexcept {
     Block *oldest = nullptr, *newest = nullptr;
     for (Block& block : blocks_) {
-      if (!block.data) continue;
+      if (!block.data || block.bytes >= limit) continue;
       if (!oldest || block.put < oldest->put) oldest = &block;
       if (!newest || block.put > newest->put) newest = &block;
     }
@@ -147,6 +151,7 @@ class FreeBlocks {
   void shrink() noexcept {
     const std::size_t used = live.load(std::memory_order_relaxed);
     const std::size_t most = most_ever.load(std::memory_order_relaxed);
+    while (small_ > 0 && used + bytes_ > most + spare) std::free(remove(victim(large_block)));
     while (bytes_ > 0 && used + bytes_ > most + most / 2) std::free(remove(victim()));
   }
 
@@ -154,6 +159,7 @@ class FreeBlocks {
   std::array<Block, 32> blocks_;  // a step's tape, packed weights, outputs and gradients
   std::size_t puts_ = 0;
   std::size_t bytes_ = 0;
+  std::size_t small_ = 0;  // of them, in blocks that are not large
 };
 
 FreeBlocks& free_blocks() {
