@@ -111,6 +111,9 @@ class ForwardLayer {
   // the last panel to the first, and begins with what is still in the cache. With more rows the
   // next panel is fetched ahead, in order.
   bool goes_back(Index t) const { return t % 2 == 1 && job_.batch <= few_rows; }
+  Index panel(Index t, Index i, Index begin, Index end) const {
+    return goes_back(t) ? begin + end - 1 - i : i;
+  }
 
   // Whether a step goes through `multiply_tile` and then the cells.
   bool single_tile() const {
@@ -139,21 +142,18 @@ class ForwardLayer {
         h_ = view_.seen();
       }
       parts_.begin_step(h_);
-      for (Index i = begin; i < end; ++i) {
-        const Index j = goes_back(t) ? begin + end - 1 - i : i;
+      for (Index i = begin; i < end && !single; ++i) {
+        const Index j = panel(t, i, begin, end);
         if (parts_.used()) {
           step_panel_in_parts(t, j);
-        } else if (single) {
-          multiply_tile(t, j);
         } else if (job_.packed) {
           step_panel(t, j);
         } else {
           step_panel_directly(t, j);
         }
       }
-      for (Index j = begin; single && j < end; ++j) {
-        for (Index b = 0; b < job_.batch; ++b) finish_row(t, j, b, ahead(j, t * job_.batch + b));
-      }
+      if (single && keeps_tape()) step_tile(t, begin, end);
+      if (single && !keeps_tape()) advance_tile(t, begin, end);
       team.wait();
       if constexpr (normalised) {
         for (Index b = team.begin(job_.batch); b < team.end(job_.batch); ++b) norm_row(t, b);
@@ -225,9 +225,25 @@ class ForwardLayer {
     }
   }
 
-  // The product of h' where all rows are a single tile. It is as fast as its panel is read, and a
-  // cell is a chain of operations that wait for each other: in turn each would hold up the next.
+  // A step where all rows are a single tile. The product of h' is as fast as its panel is read, and
+  // a cell is a chain of operations that wait for each other: in turn each would hold up the next.
   // So all panels are multiplied first, and then the cells run, one in the gaps of another.
+  FASTBPTT_INLINE void step_tile(Index t, Index begin, Index end) {
+    for (Index i = begin; i < end; ++i) multiply_tile(t, panel(t, i, begin, end));
+    for (Index j = begin; j < end; ++j) finish_tile(t, j);
+  }
+  // Without a tape to write they are short enough to run in the gaps of the next panel's product.
+  __attribute__((noinline)) void advance_tile(Index t, Index begin, Index end) {
+    for (Index i = begin; i <= end; ++i) {
+      if (i < end) multiply_tile(t, panel(t, i, begin, end));
+      if (i > begin) finish_tile(t, panel(t, i - 1, begin, end));
+    }
+  }
+  FASTBPTT_INLINE void finish_tile(Index t, Index j) const {
+    for (Index b = 0; b < job_.batch; ++b) finish_row(t, j, b, ahead(j, t * job_.batch + b));
+  }
+  bool keeps_tape() const { return job_.tape.wide.data || job_.tape.narrow.data; }
+
   void multiply_tile(Index t, Index j) {
     RowsProduct<S> product(ahead(j, t * job_.batch) + Cell::h_first * p, width, panels_.R,
                            panels_.h(job_.packed, j));
