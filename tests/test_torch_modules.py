@@ -22,6 +22,7 @@ torch = require("torch")
 
 from torch.autograd import forward_ad, gradcheck, gradgradcheck  # noqa: E402
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 import fastbptt.torch as ft  # noqa: E402
 from fastbptt.torch import _cells, _layers, _ops, _verbs  # noqa: E402
@@ -776,6 +777,28 @@ def test_operators(kind, options):
     frozen = [weight.detach() for weight in layer.parameters()]
     how = name, True, True, 2, projected, ""
     torch.library.opcheck(_ops.advance, (x.detach().transpose(0, 1), None, None, frozen, *how))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("need_x", [False, True])
+def test_flops_are_counted(need_x, frozen):
+    P = 2
+    layer = ft.LSTM(I, H, 2, bidirectional=True, proj_size=P)
+    first, second = 4 * H * (I + P) + P * H, 4 * H * (2 * P + P) + P * H  # of one direction
+    for parameter in layer.parameters():
+        parameter.requires_grad_(not frozen)
+    x = torch.randn(T, B, I, requires_grad=need_x)
+    with FlopCounterMode(display=False) as counter:
+        y = layer(x)[0]
+        forward = counter.get_total_flops()
+        if need_x or not frozen:
+            y.sum().backward()
+    all_weights = 2 * T * B * 2 * (first + second)
+    assert forward == all_weights
+    weights = 0 if frozen else all_weights
+    through = all_weights - (0 if need_x else 2 * T * B * 2 * 4 * H * I)
+    back = through + weights if need_x or not frozen else 0
+    assert counter.get_total_flops() == forward + back
 
 
 def test_operators_check_their_arguments():

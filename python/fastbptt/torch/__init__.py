@@ -20,6 +20,7 @@ Accelerated(swapped=['1'], left_alone={})
 torch.Size([20, 4])
 """
 
+from fastbptt.torch import _flops as _flops
 from fastbptt.torch._accelerate import Accelerated, accelerate
 from fastbptt.torch._cells import GRUCell, LSTMCell, RNNCell
 from fastbptt.torch._layers import GRU, LSTM, RNN
