@@ -159,7 +159,8 @@ class Recurrent(Part, Generic[StateT]):
 
     def _own_tape(self) -> str:
         # What is normalised has no bounds that bfloat16 could be scaled to.
-        return self.compute_dtype.name if self.layer_norm else self.dtype.name
+        name: str = self.compute_dtype.name if self.layer_norm else self.dtype.name
+        return name
 
     def _other_tape(self) -> str | None:
         """Return the dtype of the tape where it is not the layer's own."""
