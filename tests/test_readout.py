@@ -68,11 +68,28 @@ def test_no_gradient_depends_on_cuts_or_threads(N, loss, dtype, rng, one_thread)
             parts.insert(0, grad)
         return value, [np.concatenate(parts), *into]
 
-    cuts = [0, *sorted(rng.integers(0, rows + 1, 3).tolist()), rows]
-    cuts = sorted(set(cuts))
+    cuts = sorted({0, rows, *rng.integers(0, rows + 1, 3).tolist()})
     value, whole = run([0, rows], 1)
     for other_cuts, threads in ((cuts, 1), ([0, rows], 2), (cuts, 3)):
         same, grads = run(other_cuts, threads)
         np.testing.assert_allclose(same, value, rtol=TOLERANCE[dtype])
         for got, wanted in zip(grads, whole, strict=True):
             np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.parametrize("K", [1, 2])
+@pytest.mark.parametrize(("N", "rows"), [(1, 600_000), (4, 200_000), (5, 60_000)])
+def test_more_threads_than_inputs(N, rows, K, rng, one_thread):
+    """So many rows that three threads share columns of which there are fewer."""
+    x, weight, target = (
+        rng.standard_normal(shape).astype(np.float32)
+        for shape in ((rows, 1, K), (N, K), (rows, 1, N))
+    )
+    bias, found = np.zeros(N, np.float32), []
+    for threads in (1, 3):
+        fb.set_num_threads(threads)
+        into = np.zeros_like(weight), np.zeros_like(bias)
+        _core.readout_loss("mse", x, weight, bias, target, 1e-3, -1, *into, True, None)
+        found.append(into)
+    for got, wanted in zip(*found, strict=True):
+        np.testing.assert_array_equal(got, wanted)

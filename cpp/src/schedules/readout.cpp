@@ -116,6 +116,8 @@ class Blocks {
     Index panel[] = {0, J}, column[] = {0, K};
     Index* const shared = J < parts_ ? column : panel;
     shared[0] = all * part / parts_, shared[1] = all * (part + 1) / parts_;
+    // With fewer columns than parts some have none, and only one may add the bias.
+    if (shared[0] == shared[1]) return;
     kernel_.add_gradient(K, layer_.N, n, block_, layer_.x + begin * K, sums_.data(), panel[0],
                          panel[1], column[0], column[1], panels);
   }
