@@ -468,7 +468,7 @@ class Verbs {
     return empty(like, of_shape(shape), view);
   }
 
-  // A large one is memory of this library's: of huge pages, and kept for the next training step.
+  // One that is not small is memory of this library's, kept for the next training step.
   template <class S>
   py::object new_tape(py::handle like, Index size, S*& data) const {
     if (size * Index(sizeof(S)) >= Index(kept_block)) {

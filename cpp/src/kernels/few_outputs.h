@@ -44,9 +44,7 @@ class FewOutputs {
             dot[j] = pmadd(load(packed + j * K_ + k, valid), value, dot[j]);
           }
         };
-        Index k = 0;
-        for (; k + p <= K_; k += p) add(k, p);
-        if (k < K_) add(k, K_ - k);
+        for_packets(0, K_, add);
         S* const to = sums + (row + r) * N;
         for (int j = 0; j < N; ++j) {
           to[j] = packed[N * K_ + j] + Eigen::internal::predux(dot[j]);
@@ -74,16 +72,13 @@ class FewOutputs {
           }
           store(to + k, sum, valid);
         };
-        Index k = 0;
-        for (; k + p <= K_; k += p) write(k, p);
-        if (k < K_) write(k, K_ - k);
+        for_packets(0, K_, write);
       }
     });
   }
 
-  void add_gradient(Index n, Index, const S* x, const S* sums, Index begin, Index end, Index from,
-                    Index to, S* gradient) const {
-    if (begin == end) return;
+  void add_gradient(Index n, Index, const S* x, const S* sums, Index, Index, Index from, Index to,
+                    S* gradient) const {
     with_constant<most>(N_, [&](auto N) {
       // As many packets of columns side by side as leave none of the sums waiting for itself.
       constexpr int together = tile_rows(N) / 2;
@@ -91,8 +86,9 @@ class FewOutputs {
       for (; k + together * p <= to; k += together * p) {
         add_columns<N, together>(n, p, x + k, sums, gradient + k);
       }
-      for (; k + p <= to; k += p) add_columns<N, 1>(n, p, x + k, sums, gradient + k);
-      if (k < to) add_columns<N, 1>(n, to - k, x + k, sums, gradient + k);
+      for_packets(k, to, [&](Index first, Index valid) {
+        add_columns<N, 1>(n, valid, x + first, sums, gradient + first);
+      });
       S* const bias = gradient + N * K_;
       for (Index r = n - 1; r >= 0 && from == 0; --r) {
         for (int j = 0; j < N; ++j) bias[j] += sums[r * N + j];
@@ -101,6 +97,14 @@ class FewOutputs {
   }
 
  private:
+  // Calls body(first, valid) for packets that cover columns [begin, end).
+  template <class F>
+  static FASTBPTT_INLINE void for_packets(Index begin, Index end, F&& body) {
+    Index k = begin;
+    for (; k + p <= end; k += p) body(k, p);
+    if (k < end) body(k, end - k);
+  }
+
   // `valid` columns of the last packet, and all of the others.
   template <int N, int Q>
   void add_columns(Index n, Index valid, const S* x, const S* grads, S* to) const {

@@ -115,7 +115,7 @@ class ForwardLayer {
     return goes_back(t) ? begin + end - 1 - i : i;
   }
 
-  // Whether a step goes through `multiply_tile` and then the cells.
+  // Whether a step goes through `step_tile` or `advance_tile`.
   bool single_tile() const {
     return ahead_ && job_.packed && !normalised && !parts_.used() && job_.batch <= few_rows;
   }
@@ -152,8 +152,7 @@ class ForwardLayer {
           step_panel_directly(t, j);
         }
       }
-      if (single && keeps_tape()) step_tile(t, begin, end);
-      if (single && !keeps_tape()) advance_tile(t, begin, end);
+      if (single) keeps_tape() ? step_tile(t, begin, end) : advance_tile(t, begin, end);
       team.wait();
       if constexpr (normalised) {
         for (Index b = team.begin(job_.batch); b < team.end(job_.batch); ++b) norm_row(t, b);

@@ -700,8 +700,8 @@ class ReverseLayer {
           columns, to);
   }
 
-  // The weight gradients of so many columns stay in L1, and with them what rows of so many, rows of
-  // the gate gradients and pieces of the inputs' rows, add to them.
+  // The weight gradients of so many columns stay in L1, and with them the pieces of so many rows of
+  // the inputs, while the gate gradients of these rows stream by.
   static constexpr Index columns_at_once = 48, rows_at_once = 128;
 
   // to[i][q] += sum over t in [begin, end) and b, from the last to the first, of
