@@ -219,12 +219,15 @@ class ReverseLayer {
     return {second_grads_, 4 * p, J, 4 * p, second_.panels.packets(J - 1) * p, PartsOf::none};
   }
 
+  static constexpr auto nothing_wanted = [](auto&&, Index, Index, Index) {};
+
   // For every panel of output columns and tile of rows: start(sums, R, row, Q, panel); then rows
   // [row, row + n) of the factor times the weights; then end(the same). Without the product if
-  // weights is null.
-  template <class Start, class End>
+  // weights is null. wants(fetches, row, Q, panel) says what `end` is going to read.
+  template <class Start, class End, class Wants = decltype(nothing_wanted)>
   FASTBPTT_INLINE void product(const Factor& factor, bool split, Index row, Index n,
-                               const S* weights, Index columns, Start&& start, End&& end) const {
+                               const S* weights, Index columns, Start&& start, End&& end,
+                               const Wants& wants = nothing_wanted) const {
     const Index J = factor.panels, step = factor.step;
     const Index panels = Panels<S, Cell>::reverse_panels(columns);
     for (Index panel = job_.team.begin(panels); panel < job_.team.end(panels); ++panel) {
@@ -241,8 +244,16 @@ class ReverseLayer {
           for_row_tiles(rows, Q, [&](Index R, Index tile_row) {
             const Index at = first + tile_row;
             S* const sums = sums_ + at * 4 * p;
+            RowFetches soon;
+            if (i == passes - 1) {
+              R > 1 ? wants(soon, at, Q, panel) : wants(FetchNow{}, at, Q, panel);
+            }
             if (i == 0) start(sums, R, at, Q, panel);
-            if (w) multiply_grads(factor, split, R, Q, sums, row + at, begin, stop, w, at);
+            if (w) {
+              multiply_grads(factor, split, R, Q, sums, row + at, begin, stop, w, at, soon);
+            } else {
+              soon.fetch(0, R);
+            }
             if (i == passes - 1) end(sums, R, at, Q, panel);
           });
         }
@@ -267,7 +278,8 @@ class ReverseLayer {
   }
 
   void multiply_grads(const Factor& factor, bool split, Index R, Index Q, S* sums, Index row,
-                      Index begin, Index stop, const S* weights, Index at) const {
+                      Index begin, Index stop, const S* weights, Index at,
+                      const RowFetches& soon) const {
     const Index step = factor.step;
     // The last panel of four packets may be shorter.
     const Index last = factor.panels - 1;
@@ -281,6 +293,10 @@ class ReverseLayer {
       for (Index r = 0; r < R; ++r) product.behind[r] = factor.at(last, row + r, rows_);
     }
     product.fetch_behind(Q, R, at);
+    // One row before each block, and what is left before the first.
+    soon.fetch(0, 1);
+    soon.fetch(product.blocks < 1 ? 1 : product.blocks, R);
+    product.soon = &soon;
     multiply_rows(R, Q, split, product);
   }
 
@@ -336,23 +352,27 @@ class ReverseLayer {
     }
   }
 
-  // What the cells of a row read of a panel's units comes while the row is multiplied.
-  FASTBPTT_INLINE void fetch_units(Index t, Index b, Index Q, Index panel) const {
+  // What the cells of the rows from b on read of a panel's units.
+  template <class To>
+  FASTBPTT_INLINE void add_units(Index t, Index b, Index Q, Index panel, To&& soon) const {
     const Index first = panel * 4 * p, before = t > 0 ? t - 1 : 0;
-    if (job_.grad_y.data) fetch(job_.grad_y.at(t, b) + first, Q * p);
+    const Sequence<const S>&y = job_.y, &grad_y = job_.grad_y;
+    if (grad_y.data) soon.add(values_of(grad_y.at(t, b) + first, grad_y.row, Q * p));
     if (second_.projects()) return;
-    fetch(job_.y.at(Cell::carries_h ? before : t, b) + first, Q * p);
-    fetch_tape(job_.tape.wide, t, b, first, Q);
-    fetch_tape(job_.tape.narrow, t, b, first, Q);
+    soon.add(values_of(y.at(Cell::carries_h ? before : t, b) + first, y.row, Q * p));
+    add_tape(job_.tape.wide, t, b, first, Q, soon);
+    add_tape(job_.tape.narrow, t, b, first, Q, soon);
   }
-  template <class T>
-  FASTBPTT_INLINE void fetch_tape(const Sequence<T>& tape, Index t, Index b, Index first,
-                                  Index Q) const {
+  template <class T, class To>
+  FASTBPTT_INLINE void add_tape(const Sequence<T>& tape, Index t, Index b, Index first, Index Q,
+                                To&& soon) const {
     if (Cell::tape == 0 || !tape.data) return;
-    fetch(tape.at(t, b) + first * Cell::tape, Q * p * Cell::tape);
+    soon.add(values_of(tape.at(t, b) + first * Cell::tape, tape.row, Q * p * Cell::tape));
     if (!Cell::has_c || t == 0) return;
     // Of the step before only c, the last run of each packet.
-    for (Index q = 1; q <= Q; ++q) fetch(tape.at(t - 1, b) + (first + q * p) * Cell::tape - p, p);
+    constexpr Index size = Index(sizeof(T));
+    const T* const c = tape.at(t - 1, b) + (first + p) * Cell::tape - p;
+    soon.add(RowFetch{reinterpret_cast<const char*>(c), tape.row * size, Q, p * Cell::tape * size});
   }
 
   void step(Index t) {
@@ -364,7 +384,6 @@ class ReverseLayer {
           for (Index r = 0; r < R; ++r) {
             start_h(sums + r * 4 * p, Q, panel,
                     last || starts_with_carry() ? job_.grad_state.h + (b + r) * K : nullptr);
-            fetch_units(t, b + r, Q, panel);
           }
         },
         [&](S* sums, Index R, Index b, Index Q, Index panel) {
@@ -377,7 +396,8 @@ class ReverseLayer {
               step_apart(t, b + r, Q, panel, sums + r * 4 * p);
             }
           }
-        });
+        },
+        [&](auto&& soon, Index b, Index Q, Index panel) { add_units(t, b, Q, panel, soon); });
   }
 
   // The cells of a row; if `whole`, all packets are full, and no load asks how much it may read.

@@ -11,7 +11,7 @@
 #pragma once
 #include <type_traits>
 
-#include "kernels/packet.h"
+#include "kernels/fetches.h"
 
 namespace fastbptt {
 namespace FASTBPTT_ISA {
@@ -100,7 +100,8 @@ struct RowsProduct {
   const S* behind[most_tile_rows];
   Index K_behind = 0;
   const S* panel_behind = nullptr;
-  const S* fetch = nullptr;  // what is wanted soon: a cache line for each k
+  const S* fetch = nullptr;          // what the next tiles want: a cache line for each k
+  const RowFetches* soon = nullptr;  // a row before each block but the first
 
   // The caller fills in the rows of `a`, and of `behind`. To clear them first GCC takes a string
   // instruction, which before each tile is up to a twentieth of a step.
@@ -121,35 +122,29 @@ struct RowsProduct {
     const Index k = blocks * K + K_behind, size = k * Q * lanes<S>, each = k * line;
     if (row * each < size * R) fetch = panel + size + row / R * each;
   }
-
-  // The last two packets of four. What comes behind the panel has been fetched with the first two.
-  RowsProduct right_half() const {
-    RowsProduct half = *this;
-    half.sums += 2 * lanes<S>;
-    half.start += 2 * lanes<S>;
-    half.panel += 2 * lanes<S>;
-    if (K_behind > 0) half.panel_behind += 2 * lanes<S>;
-    half.fetch = nullptr;
-    return half;
-  }
 };
 
 // With Sets > 1 the sum over k is split over that many accumulators, so that few rows do not wait
-// for the latency of the additions. The panel's rows have `Width` packets, of which Q are taken.
-// What comes behind is added to the sums `Shift` packets further.
+// for the latency of the additions. The panel's rows have `Width` packets, of which Q are taken,
+// from `first` on. What comes behind is added to the sums `Shift` packets further.
 template <class S, int R, int Q, int Sets, int Width = Q, int Shift = 0>
-__attribute__((noinline)) void multiply_rows(const RowsProduct<S>& product) {
+__attribute__((noinline)) void multiply_rows(const RowsProduct<S>& product, Index first = 0) {
   static_assert(Shift == 0 || (Shift == 1 && Sets == 1), "a tile shifts by one packet, as a whole");
   constexpr Index step = Width * lanes<S>;
+  const Index skip = Width > Q ? first * lanes<S> : 0;
   const S* a[R];
-  for (int r = 0; r < R; ++r) a[r] = product.a[r];
-  const S* panel = product.panel;
+  // One by one: a wider load would wait until all stores before it have left the core, as no store
+  // of the caller's holds all of it.
+  const auto take = [&a](const S* const volatile* rows) {
+    for (int r = 0; r < R; ++r) a[r] = rows[r];
+  };
+  const S* panel = product.panel + skip;
   Index K = product.K, left = product.blocks;
   Tile<S, R, Q> tile;
   // What comes behind takes the same loop: in one of its own the compiler spills what both need.
   const auto go_behind = [&] {
-    for (int r = 0; r < R; ++r) a[r] = product.behind[r];
-    panel = product.panel_behind;
+    take(product.behind);
+    panel = product.panel_behind + skip;
     K = product.K_behind;
     if constexpr (Shift == 1) {
       tile.shift(product.sums, product.sums_row, product.start, product.start_row);
@@ -158,17 +153,23 @@ __attribute__((noinline)) void multiply_rows(const RowsProduct<S>& product) {
   const auto goes_on = [&] {
     if (--left > 0) {
       for (int r = 0; r < R; ++r) a[r] += product.a_block;
+      if constexpr (R > 1) {
+        const Index row = product.blocks - left;
+        if (product.soon && row < R && skip == 0) product.soon->fetch(row);
+      }
       return true;
     }
     if (left < 0 || product.K_behind == 0) return false;
     go_behind();
     return true;
   };
-  tile.read(product.start, product.start_row);
-  if (left == 0) go_behind();
+  tile.read(product.start + skip, product.start_row);
+  left == 0 ? go_behind() : take(product.a);
   if constexpr (Sets == 1) {
-    const S* fetch = product.fetch ? product.fetch : panel;
-    const Index fetch_step = product.fetch ? 64 / Index(sizeof(S)) : 0;
+    // What is wanted next is fetched with the first packets.
+    const bool fetches = product.fetch && skip == 0;
+    const S* fetch = fetches ? product.fetch : panel;
+    const Index fetch_step = fetches ? 64 / Index(sizeof(S)) : 0;
     do {
       for (Index k = 0; k < K; ++k, panel += step) {
         __builtin_prefetch(fetch);
@@ -194,7 +195,7 @@ __attribute__((noinline)) void multiply_rows(const RowsProduct<S>& product) {
 #pragma GCC unroll 4
     for (int s = 0; s < Sets - 1; ++s) tile.add(more[s]);
   }
-  tile.write(product.sums + Shift * lanes<S>, product.sums_row);
+  tile.write(product.sums + Shift * lanes<S> + skip, product.sums_row);
 }
 
 // A sum over `runs` runs of K rows: a(r, k) = a[run * a_run + k * a_row + r], with the panel's row
@@ -210,32 +211,26 @@ struct ColumnsProduct {
   const S* panel;
   Index panel_row;
   Index panel_run;
-
-  // The last two packets of four.
-  ColumnsProduct right_half() const {
-    ColumnsProduct half = *this;
-    half.sums += 2 * lanes<S>;
-    half.panel += 2 * lanes<S>;
-    return half;
-  }
 };
 
 template <class S, int R, int Q, int Width = Q>
-__attribute__((noinline)) void multiply_columns(const ColumnsProduct<S>& product) {
+__attribute__((noinline)) void multiply_columns(const ColumnsProduct<S>& product, Index first = 0) {
+  const Index skip = Width > Q ? first * lanes<S> : 0;
+  S* const sums = product.sums + skip;
   Tile<S, R, Q> tile;
   // The sums of the tile behind this one come meanwhile.
-  const S* fetch = product.sums + R * Width * lanes<S>;
-  tile.read(product.sums, Width * lanes<S>);
+  const S* fetch = sums + R * Width * lanes<S>;
+  tile.read(sums, Width * lanes<S>);
   for (Index run = 0; run < product.runs; ++run) {
     const S* a = product.a + run * product.a_run;
-    const S* panel = product.panel + run * product.panel_run;
+    const S* panel = product.panel + skip + run * product.panel_run;
     for (Index k = 0; k < product.K; ++k, a += product.a_row, panel += product.panel_row) {
       __builtin_prefetch(fetch);
       fetch += 64 / sizeof(S);
       tile.multiply([&](int r) { return a + r; }, panel);
     }
   }
-  tile.write(product.sums, Width * lanes<S>);
+  tile.write(sums, Width * lanes<S>);
 }
 
 // Calls body with the integral constant n <= Most.
@@ -247,14 +242,14 @@ FASTBPTT_INLINE void with_constant(Index n, F&& body) {
   body(std::integral_constant<int, Most>{});
 }
 
-// A tall tile: body(R, product) with the left packets, and with the right ones.
-template <class Product, class F>
-FASTBPTT_INLINE bool in_halves(Index R, Index Q, const Product& product, F&& body) {
+// A tall tile: body(R, first) for its left packets, and for the right ones. (Not with a copy of the
+// product, made of values just written: see `take`.)
+template <class F>
+FASTBPTT_INLINE bool in_halves(Index R, Index Q, F&& body) {
   if constexpr (tall_tile_rows > 0) {
     if (Q != 4 || R <= tile_rows(4)) return false;
-    const Product right = product.right_half();
     with_constant<tall_tile_rows>(R, [&](auto r) {
-      if constexpr (r > tile_rows(4)) body(r, product), body(r, right);
+      if constexpr (r > tile_rows(4)) body(r, 0), body(r, 2);
     });
     return true;
   }
@@ -266,8 +261,8 @@ FASTBPTT_INLINE bool in_halves(Index R, Index Q, const Product& product, F&& bod
 template <class S>
 __attribute__((noinline)) void multiply_rows(Index R, Index Q, bool split,
                                              const RowsProduct<S>& product) {
-  const auto half = [](auto r, const RowsProduct<S>& part) { multiply_rows<S, r, 2, 1, 4>(part); };
-  if (in_halves(R, Q, product, half)) return;
+  const auto half = [&](auto r, Index first) { multiply_rows<S, r, 2, 1, 4>(product, first); };
+  if (in_halves(R, Q, half)) return;
   with_constant<4>(Q, [&](auto q) {
     with_constant<tile_rows(q)>(R, [&](auto r) {
       constexpr int accumulators = r * q;
@@ -289,10 +284,8 @@ __attribute__((noinline)) void multiply_rows_shifted(Index R, const RowsProduct<
 template <class S>
 __attribute__((noinline)) void multiply_columns(Index R, Index Q,
                                                 const ColumnsProduct<S>& product) {
-  const auto half = [](auto r, const ColumnsProduct<S>& part) {
-    multiply_columns<S, r, 2, 4>(part);
-  };
-  if (in_halves(R, Q, product, half)) return;
+  const auto half = [&](auto r, Index first) { multiply_columns<S, r, 2, 4>(product, first); };
+  if (in_halves(R, Q, half)) return;
   with_constant<4>(Q, [&](auto q) {
     with_constant<tile_rows(q)>(R, [&](auto r) { multiply_columns<S, r, q>(product); });
   });
