@@ -1,5 +1,6 @@
 #include "fastbptt/buffer.h"
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cstdio>
@@ -22,6 +23,10 @@ constexpr std::size_t huge_page = std::size_t(2) << 20;
 constexpr std::size_t large_block = 2 * huge_page;
 constexpr std::size_t large_block_unit = std::size_t(64) << 10;
 constexpr std::size_t spare = std::size_t(1) << 20;  // for small blocks beyond what was in use
+constexpr std::size_t slack = 4;  // the memory of a forward serves the reverse behind it as well
+constexpr std::size_t line = 64;
+
+bool is_small(std::size_t bytes) { return bytes >= kept_block && bytes < large_block; }
 
 // What Linux thinks it can still give without swapping; no limit where that is not known.
 std::size_t available_memory() {
@@ -42,11 +47,11 @@ std::size_t available_memory() {
   return available;
 }
 
-std::size_t alignment_of(std::size_t bytes) { return bytes >= large_block ? huge_page : 64; }
+std::size_t alignment_of(std::size_t bytes) { return bytes >= large_block ? huge_page : line; }
 
 // Large blocks end where a page does, of whatever size: the system is told about whole pages.
 std::size_t rounded(std::size_t bytes) {
-  const std::size_t unit = bytes >= large_block ? large_block_unit : 64;
+  const std::size_t unit = bytes >= large_block ? large_block_unit : line;
   return (bytes + unit - 1) / unit * unit;
 }
 
@@ -64,6 +69,8 @@ void* from_system(std::size_t bytes) {
 std::atomic<std::size_t> live{0};
 std::atomic<std::size_t> most_live{0};  // since the last reset
 std::atomic<std::size_t> most_ever{0};
+std::atomic<std::size_t> small_live{0};  // of them, in small blocks that will be kept
+std::atomic<std::size_t> most_small{0};
 
 void raise(std::atomic<std::size_t>& most, std::size_t now) {
   std::size_t before = most.load(std::memory_order_relaxed);
@@ -75,6 +82,13 @@ void count(std::size_t bytes) {
   const std::size_t now = live.fetch_add(bytes, std::memory_order_relaxed) + bytes;
   raise(most_live, now);
   raise(most_ever, now);
+  if (!is_small(bytes)) return;
+  raise(most_small, small_live.fetch_add(bytes, std::memory_order_relaxed) + bytes);
+}
+
+void uncount(std::size_t bytes) {
+  live.fetch_sub(bytes, std::memory_order_relaxed);
+  if (is_small(bytes)) small_live.fetch_sub(bytes, std::memory_order_relaxed);
 }
 
 #if defined(MADV_FREE) && !defined(__SANITIZE_ADDRESS__)
@@ -82,17 +96,27 @@ void count(std::size_t bytes) {
 // from the system each time costs a tenth of a step, and half of one where it has to move other
 // pages to make huge ones. While large ones lie here the system may take their pages (MADV_FREE).
 // What lies here and what is in use never come to more than one and a half times what was in use at
-// once, and only large ones to more than a little beyond it.
+// once, and small blocks not to much more than there were in use of them.
 class FreeBlocks {
  public:
-  // A block of exactly this size, or null.
-  void* take(std::size_t bytes) noexcept {
+  // Bytes in front of what the caller gets, where a small block keeps its size.
+  static std::size_t front(std::size_t bytes) {
+    return is_small(bytes) && is_small(bytes + line) ? line : 0;
+  }
+
+  // A block of this size, or a small one that is up to `slack` times as large and says so, or null.
+  void* take(std::size_t& bytes) noexcept {
     const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
     if (!lock) return nullptr;
+    const std::size_t most = bytes < large_block ? std::min(slack * bytes, large_block - 1) : bytes;
+    Block* best = nullptr;
     for (Block& block : blocks_) {
-      if (block.bytes == bytes) return remove(block);
+      if (!block.data || block.bytes < bytes || block.bytes > most) continue;
+      if (!best || block.bytes < best->bytes) best = &block;
     }
-    return nullptr;
+    if (!best) return nullptr;
+    bytes = best->bytes;
+    return remove(*best);
   }
   void put(void* data, std::size_t bytes) noexcept {
     // Never waits: after a fork another thread's lock may stay locked for good.
@@ -151,7 +175,9 @@ class FreeBlocks {
   void shrink() noexcept {
     const std::size_t used = live.load(std::memory_order_relaxed);
     const std::size_t most = most_ever.load(std::memory_order_relaxed);
-    while (small_ > 0 && used + bytes_ > most + spare) std::free(remove(victim(large_block)));
+    const std::size_t small = small_live.load(std::memory_order_relaxed);
+    const std::size_t least = most_small.load(std::memory_order_relaxed) + spare;
+    while (small_ > 0 && small + small_ > least) std::free(remove(victim(large_block)));
     while (bytes_ > 0 && used + bytes_ > most + most / 2) std::free(remove(victim()));
   }
 
@@ -168,7 +194,8 @@ FreeBlocks& free_blocks() {
 }
 #else
 struct FreeBlocks {
-  void* take(std::size_t) noexcept { return nullptr; }
+  static std::size_t front(std::size_t) { return 0; }
+  void* take(std::size_t&) noexcept { return nullptr; }
   void put(void* data, std::size_t) noexcept { std::free(data); }
   void make_room() noexcept {}
   bool clear() noexcept { return false; }
@@ -180,27 +207,32 @@ FreeBlocks free_blocks() { return {}; }
 
 void* allocate_aligned(std::size_t bytes) {
   bytes = rounded(bytes);
-  void* data = bytes >= kept_block ? free_blocks().take(bytes) : nullptr;
+  const std::size_t front = FreeBlocks::front(bytes);
+  std::size_t block = bytes + front;
+  void* data = bytes >= kept_block ? free_blocks().take(block) : nullptr;
   const bool fresh = !data;
   if (fresh) {
     try {
-      data = from_system(bytes);
+      data = from_system(block);
     } catch (const std::bad_alloc&) {
       if (!free_blocks().clear()) throw;
-      data = from_system(bytes);
+      data = from_system(block);
     }
   }
   count(bytes);
   if (fresh && bytes >= kept_block) free_blocks().make_room();
-  return data;
+  if (front > 0) *static_cast<std::size_t*>(data) = block;
+  return static_cast<char*>(data) + front;
 }
 
 void free_aligned(void* data, std::size_t bytes) noexcept {
   if (!data) return;
   bytes = rounded(bytes);
-  live.fetch_sub(bytes, std::memory_order_relaxed);
-  if (bytes >= kept_block) return free_blocks().put(data, bytes);
-  std::free(data);
+  uncount(bytes);
+  if (bytes < kept_block) return std::free(data);
+  const std::size_t front = FreeBlocks::front(bytes);
+  void* const block = static_cast<char*>(data) - front;
+  free_blocks().put(block, front > 0 ? *static_cast<std::size_t*>(block) : bytes);
 }
 
 Allocated allocated(bool reset) {
