@@ -397,7 +397,9 @@ class ReverseLayer {
             }
           }
         },
-        [&](auto&& soon, Index b, Index Q, Index panel) { add_units(t, b, Q, panel, soon); });
+        // Inlined: what only fetches would look to the compiler as if it did nothing.
+        [&](auto&& soon, Index b, Index Q, Index panel)
+            __attribute__((always_inline)) { add_units(t, b, Q, panel, soon); });
   }
 
   // The cells of a row; if `whole`, all packets are full, and no load asks how much it may read.
