@@ -1,6 +1,7 @@
 // What comes behind a product reads rows that lie so far from each other that the processor does
 // not see which is next. They are fetched while the product runs, one row at a time: all at once
-// would fill the buffers in which the first cache waits for memory, and the product behind them.
+// would fill the buffers in which the first cache waits for memory, and the product's own loads
+// would wait behind them.
 #pragma once
 #include <cstdint>
 
@@ -42,7 +43,7 @@ class RowFetches {
 
  private:
   int count_ = 0;
-  RowFetch fetches_[4];  // dL/dy, y, the tape, and c before
+  RowFetch fetches_[4];  // dL/dy, y, the tape, wide or narrow, and c before
 };
 
 // A single row, at once.

@@ -270,6 +270,7 @@ class ReverseLayer {
           continue;
         }
         S* const sums = sums_ + first * 4 * p;
+        for (Index r = 0; r < B; ++r) wants(FetchNow{}, first + r, Q, panel);
         start(sums, B, first, Q, panel);
         parts_.multiply(factor.parts, t, panel, Q, sums);
         end(sums, B, first, Q, panel);
@@ -360,8 +361,11 @@ class ReverseLayer {
     if (grad_y.data) soon.add(values_of(grad_y.at(t, b) + first, grad_y.row, Q * p));
     if (second_.projects()) return;
     soon.add(values_of(y.at(Cell::carries_h ? before : t, b) + first, y.row, Q * p));
-    add_tape(job_.tape.wide, t, b, first, Q, soon);
-    add_tape(job_.tape.narrow, t, b, first, Q, soon);
+    if (job_.tape.wide.data) {
+      add_tape(job_.tape.wide, t, b, first, Q, soon);
+    } else {
+      add_tape(job_.tape.narrow, t, b, first, Q, soon);
+    }
   }
   template <class T, class To>
   FASTBPTT_INLINE void add_tape(const Sequence<T>& tape, Index t, Index b, Index first, Index Q,

@@ -242,8 +242,8 @@ FASTBPTT_INLINE void with_constant(Index n, F&& body) {
   body(std::integral_constant<int, Most>{});
 }
 
-// A tall tile: body(R, first) for its left packets, and for the right ones. (Not with a copy of the
-// product, made of values just written: see `take`.)
+// A tall tile: body(R, first) for its left packets, and for the right ones. A copy of the product
+// for these would be made of values just written: see `take`.
 template <class F>
 FASTBPTT_INLINE bool in_halves(Index R, Index Q, F&& body) {
   if constexpr (tall_tile_rows > 0) {

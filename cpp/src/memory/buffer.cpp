@@ -70,6 +70,7 @@ std::atomic<std::size_t> live{0};
 std::atomic<std::size_t> most_live{0};  // since the last reset
 std::atomic<std::size_t> most_ever{0};
 std::atomic<std::size_t> small_live{0};  // of them, in small blocks that will be kept
+std::atomic<std::size_t> small_held{0};  // and what these blocks really have
 std::atomic<std::size_t> most_small{0};
 
 void raise(std::atomic<std::size_t>& most, std::size_t now) {
@@ -78,25 +79,32 @@ void raise(std::atomic<std::size_t>& most, std::size_t now) {
   }
 }
 
-void count(std::size_t bytes) {
+// Bytes that were asked for, and those of the block.
+void count(std::size_t bytes, std::size_t block) {
   const std::size_t now = live.fetch_add(bytes, std::memory_order_relaxed) + bytes;
   raise(most_live, now);
   raise(most_ever, now);
   if (!is_small(bytes)) return;
+  small_held.fetch_add(block, std::memory_order_relaxed);
   raise(most_small, small_live.fetch_add(bytes, std::memory_order_relaxed) + bytes);
 }
 
-void uncount(std::size_t bytes) {
+void uncount(std::size_t bytes, std::size_t block) {
   live.fetch_sub(bytes, std::memory_order_relaxed);
-  if (is_small(bytes)) small_live.fetch_sub(bytes, std::memory_order_relaxed);
+  if (!is_small(bytes)) return;
+  small_held.fetch_sub(block, std::memory_order_relaxed);
+  small_live.fetch_sub(bytes, std::memory_order_relaxed);
 }
+
+// What small blocks may come to, those that lie free with those in use.
+std::size_t small_limit() { return most_small.load(std::memory_order_relaxed) + spare; }
 
 #if defined(MADV_FREE) && !defined(__SANITIZE_ADDRESS__)
 // Large blocks that were freed, for the next training step, which wants the same again: to get them
 // from the system each time costs a tenth of a step, and half of one where it has to move other
 // pages to make huge ones. While large ones lie here the system may take their pages (MADV_FREE).
 // What lies here and what is in use never come to more than one and a half times what was in use at
-// once, and small blocks not to much more than there were in use of them.
+// once, and small blocks not to much more than was asked for of them at once.
 class FreeBlocks {
  public:
   // Bytes in front of what the caller gets, where a small block keeps its size.
@@ -104,7 +112,8 @@ class FreeBlocks {
     return is_small(bytes) && is_small(bytes + line) ? line : 0;
   }
 
-  // A block of this size, or a small one that is up to `slack` times as large and says so, or null.
+  // A block of this size, or null; or a small one of up to `slack` times as much, whose size
+  // `bytes` then is, as long as such blocks in use stay within what they may come to.
   void* take(std::size_t& bytes) noexcept {
     const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
     if (!lock) return nullptr;
@@ -115,6 +124,8 @@ class FreeBlocks {
       if (!best || block.bytes < best->bytes) best = &block;
     }
     if (!best) return nullptr;
+    const std::size_t held = small_held.load(std::memory_order_relaxed);
+    if (best->bytes > bytes && held + best->bytes > small_limit()) return nullptr;
     bytes = best->bytes;
     return remove(*best);
   }
@@ -175,9 +186,8 @@ class FreeBlocks {
   void shrink() noexcept {
     const std::size_t used = live.load(std::memory_order_relaxed);
     const std::size_t most = most_ever.load(std::memory_order_relaxed);
-    const std::size_t small = small_live.load(std::memory_order_relaxed);
-    const std::size_t least = most_small.load(std::memory_order_relaxed) + spare;
-    while (small_ > 0 && small + small_ > least) std::free(remove(victim(large_block)));
+    const std::size_t held = small_held.load(std::memory_order_relaxed);
+    while (small_ > 0 && held + small_ > small_limit()) std::free(remove(victim(large_block)));
     while (bytes_ > 0 && used + bytes_ > most + most / 2) std::free(remove(victim()));
   }
 
@@ -219,7 +229,7 @@ void* allocate_aligned(std::size_t bytes) {
       data = from_system(block);
     }
   }
-  count(bytes);
+  count(bytes, block);
   if (fresh && bytes >= kept_block) free_blocks().make_room();
   if (front > 0) *static_cast<std::size_t*>(data) = block;
   return static_cast<char*>(data) + front;
@@ -228,11 +238,12 @@ void* allocate_aligned(std::size_t bytes) {
 void free_aligned(void* data, std::size_t bytes) noexcept {
   if (!data) return;
   bytes = rounded(bytes);
-  uncount(bytes);
-  if (bytes < kept_block) return std::free(data);
   const std::size_t front = FreeBlocks::front(bytes);
-  void* const block = static_cast<char*>(data) - front;
-  free_blocks().put(block, front > 0 ? *static_cast<std::size_t*>(block) : bytes);
+  void* const start = static_cast<char*>(data) - front;
+  const std::size_t block = front > 0 ? *static_cast<std::size_t*>(start) : bytes;
+  uncount(bytes, block);
+  if (bytes < kept_block) return std::free(start);
+  free_blocks().put(start, block);
 }
 
 Allocated allocated(bool reset) {
