@@ -14,6 +14,11 @@ import argparse
 
 import torch
 import torch.distributed as dist
+
+# Imported before there is a process group: its functions keep the default group of that moment as
+# the default of an argument. DDP imports it later; then the group outlives destroy_process_group,
+# and gloo's threads, still running while Python ends, now and then abort the process.
+import torch.distributed.nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fastbptt.torch
@@ -69,7 +74,7 @@ def main() -> None:
                 print(f"step {step}: loss {mean.item() / size:.4f} on {size} processes", flush=True)
     # None takes the connections down while another still works on its last step.
     dist.barrier()
-    del model
+    del model  # holds the group too, and only the last to let go of it ends gloo's threads
     dist.destroy_process_group()
 
 

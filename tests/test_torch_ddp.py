@@ -23,6 +23,7 @@ GRADIENTS = """
 import sys
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before there is a group: examples/torch_ddp.py says why
 import fastbptt.torch
 
 rank, world, store, to = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
