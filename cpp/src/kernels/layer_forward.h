@@ -107,10 +107,11 @@ class ForwardLayer {
   }
   static constexpr Index large_bytes = Index(1) << 20;
 
-  // A single tile of rows leaves a panel as soon as it has read it, so every other step goes from
-  // the last panel to the first, and begins with what is still in the cache. With more rows the
-  // next panel is fetched ahead, in order.
-  bool goes_back(Index t) const { return t % 2 == 1 && job_.batch <= few_rows; }
+  bool goes_back(Index t) const {
+    const Index panel = panels_.h_size() + (ahead_ ? 0 : panels_.x_size());
+    return t % 2 == 1 &&
+           turns_back(job_.batch, few_rows, panels_.count() * panel * Index(sizeof(S)));
+  }
   Index panel(Index t, Index i, Index begin, Index end) const {
     return goes_back(t) ? begin + end - 1 - i : i;
   }
@@ -202,7 +203,7 @@ class ForwardLayer {
       for_row_tiles(rows, Q, [&](Index R, Index row) {
         RowsProduct<S> product(ahead(j, row) + Cell::x_first * p, width, end - begin,
                                panels_.x(job_.packed, j) + begin * Q * p);
-        product.fetch_behind(Q, R, row);
+        product.fetch_next(Q, R, row);
         for (Index r = 0; r < R; ++r) {
           product.a[r] = job_.x.at(t, b) + begin;
           if (++b == job_.batch) b = 0, ++t;
@@ -266,14 +267,16 @@ class ForwardLayer {
     const Index x_passes = ahead_ ? 0 : whole ? 1 : ceil_div(I, most);
     const Index h_passes = whole ? 1 : ceil_div(K_h, most);
     const auto pass = [&](Index R, Index row, const Sequence<const S>& a, Range range, Index begin,
-                          Index end, const S* panel) {
+                          Index end, const S* panel, const S* next = nullptr) {
       RowsProduct<S> product(sums + row * width + range.first * p, width, end - begin, panel);
-      product.fetch_behind(panels_.packets(j, range), R, row);
+      product.fetch_next(panels_.packets(j, range), R, row, next);
       for (Index r = 0; r < R; ++r) product.a[r] = a.at(0, row + r) + begin;
       multiply_rows(R, panels_.packets(j, range), true, product);
     };
     const S* const x_panel = panels_.x(job_.packed, j);
     const S* const h_panel = panels_.h(job_.packed, j);
+    const S* const next =
+        goes_back(t) ? (ahead_ ? h_panel : x_panel) - panels_.panel_size() : nullptr;
     const Sequence<const S> x = job_.x.from(t);
     if (!whole) {
       for (Index i = 0; i < x_passes; ++i) {
@@ -296,7 +299,7 @@ class ForwardLayer {
       product.start_row = 0;
       product.K_behind = K_h;
       product.panel_behind = h_panel;
-      product.fetch_behind(packets_of_tile, R, row);
+      product.fetch_next(packets_of_tile, R, row, next);
       for (Index r = 0; r < R; ++r) {
         product.a[r] = x.at(0, row + r);
         product.behind[r] = h_.at(0, row + r);
@@ -310,7 +313,7 @@ class ForwardLayer {
         pass_both(R, row);
       } else {
         if (whole && !ahead_) pass(R, row, x, x_range<Cell>, 0, I, x_panel);
-        pass(R, row, h_, h_range<Cell>, begin, K_h, h_panel + begin * h_step);
+        pass(R, row, h_, h_range<Cell>, begin, K_h, h_panel + begin * h_step, next);
       }
       for (Index r = row; !normalised && r < row + R; ++r) {
         finish_row(t, j, r, sums + r * width);

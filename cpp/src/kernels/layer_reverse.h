@@ -194,11 +194,10 @@ class ReverseLayer {
     Index step;
     Index last;
     PartsOf parts;
+    Index rows() const { return (panels - 1) * step + last; }  // of the packed weights
     const S* at(Index j, Index row, Index rows) const { return data + (j * rows + row) * width; }
     // The packed weights that a panel of output columns has for all of them.
-    const S* weights(const S* packed, Index panel) const {
-      return packed + panel * 4 * p * ((panels - 1) * step + last);
-    }
+    const S* weights(const S* packed, Index panel) const { return packed + panel * 4 * p * rows(); }
   };
   // The gradients of the sums of a product: packets of the range of the gate gradients, or, where
   // the product is normalised, its own.
@@ -221,16 +220,21 @@ class ReverseLayer {
 
   static constexpr auto nothing_wanted = [](auto&&, Index, Index, Index) {};
 
-  // For every panel of output columns and tile of rows: start(sums, R, row, Q, panel); then rows
-  // [row, row + n) of the factor times the weights; then end(the same). Without the product if
-  // weights is null. wants(fetches, row, Q, panel) says what `end` is going to read.
+  // For every panel of output columns, from the last to the first where a step turns back, and tile
+  // of rows: start(sums, R, row, Q, panel); then rows [row, row + n) of the factor times the
+  // weights; then end(the same). Without the product if weights is null. wants(fetches, row, Q,
+  // panel) says what `end` is going to read.
   template <class Start, class End, class Wants = decltype(nothing_wanted)>
   FASTBPTT_INLINE void product(const Factor& factor, bool split, Index row, Index n,
                                const S* weights, Index columns, Start&& start, End&& end,
                                const Wants& wants = nothing_wanted) const {
     const Index J = factor.panels, step = factor.step;
     const Index panels = Panels<S, Cell>::reverse_panels(columns);
-    for (Index panel = job_.team.begin(panels); panel < job_.team.end(panels); ++panel) {
+    const Index from = job_.team.begin(panels), to = job_.team.end(panels);
+    const Index bytes = factor.rows() * columns * Index(sizeof(S));
+    const bool back = split && turns_back(n, tile_rows(4), bytes) && row / n % 2 == 1;
+    for (Index i = from; i < to; ++i) {
+      const Index panel = back ? from + to - 1 - i : i;
       const Index Q = Panels<S, Cell>::reverse_packets(columns, panel);
       const S* const w = weights ? factor.weights(weights, panel) : nullptr;
       // Gradient panels whose weights stay in the first caches over all rows.
@@ -250,7 +254,7 @@ class ReverseLayer {
             }
             if (i == 0) start(sums, R, at, Q, panel);
             if (w) {
-              multiply_grads(factor, split, R, Q, sums, row + at, begin, stop, w, at, soon);
+              multiply_grads(factor, split, back, R, Q, sums, row + at, begin, stop, w, at, soon);
             } else {
               soon.fetch(0, R);
             }
@@ -278,8 +282,8 @@ class ReverseLayer {
     }
   }
 
-  void multiply_grads(const Factor& factor, bool split, Index R, Index Q, S* sums, Index row,
-                      Index begin, Index stop, const S* weights, Index at,
+  void multiply_grads(const Factor& factor, bool split, bool back, Index R, Index Q, S* sums,
+                      Index row, Index begin, Index stop, const S* weights, Index at,
                       const RowFetches& soon) const {
     const Index step = factor.step;
     // The last panel of four packets may be shorter.
@@ -293,7 +297,9 @@ class ReverseLayer {
       product.panel_behind = weights + last * step * Q * p;
       for (Index r = 0; r < R; ++r) product.behind[r] = factor.at(last, row + r, rows_);
     }
-    product.fetch_behind(Q, R, at);
+    // From the last panel to the first what is next behind a panel's end is the one before.
+    const bool turns = back && stop == factor.panels;
+    product.fetch_next(Q, R, at, turns ? weights - 4 * p * factor.rows() : nullptr);
     // One row before each block, and what is left before the first.
     soon.fetch(0, 1);
     soon.fetch(product.blocks < 1 ? 1 : product.blocks, R);

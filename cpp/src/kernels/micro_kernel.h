@@ -115,12 +115,12 @@ struct RowsProduct {
         K(K),
         panel(panel) {}
 
-  // The part of a panel behind this one, shared out to the first tiles of R rows that go by. The
-  // others are told without a division.
-  void fetch_behind(Index Q, Index R, Index row) {
+  // As much again of what is read next, by default what lies behind, shared out to the first tiles
+  // of R rows that go by. The others are told without a division.
+  void fetch_next(Index Q, Index R, Index row, const S* next = nullptr) {
     constexpr Index line = 64 / Index(sizeof(S));
     const Index k = blocks * K + K_behind, size = k * Q * lanes<S>, each = k * line;
-    if (row * each < size * R) fetch = panel + size + row / R * each;
+    if (row * each < size * R) fetch = (next ? next : panel + size) + row / R * each;
   }
 };
 
