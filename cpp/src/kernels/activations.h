@@ -15,7 +15,8 @@ namespace FASTBPTT_ISA {
 // exp(x) for x in [-87, 88], and its value at the nearer end beyond: with n = round(x / ln 2) and
 // r = x - n ln 2, 2^n (1 + r + r^2 P(r)), the polynomial of Cephes' expf (Moshier). Rounding by a
 // large constant leaves n in the low bits, where a shift makes 2^n of it. Eigen's own exp also
-// serves the denormal results, at a higher price. The product with 2^n keeps a NaN.
+// serves the denormal results, at a higher price. The product with 2^n keeps a NaN. Polynomials are
+// summed in pairs (Estrin): with few rows a step waits for their chain of operations.
 FASTBPTT_INLINE Packet<float> exp_of(const Packet<float>& x) {
   using P = Packet<float>;
   using I = typename Eigen::internal::unpacket_traits<P>::integer_packet;
@@ -26,12 +27,12 @@ FASTBPTT_INLINE Packet<float> exp_of(const Packet<float>& x) {
   const P n = psub(shifted, round);
   P r = pmadd(n, constant<float>(-0.693359375), y);
   r = pmadd(n, constant<float>(2.12194440e-4), r);
-  P p = pmadd(r, constant<float>(1.9875691500e-4), constant<float>(1.3981999507e-3));
-  p = pmadd(p, r, constant<float>(8.3334519073e-3));
-  p = pmadd(p, r, constant<float>(4.1665795894e-2));
-  p = pmadd(p, r, constant<float>(1.6666665459e-1));
-  p = pmadd(p, r, constant<float>(5.0000001201e-1));
-  p = padd(pmadd(p, pmul(r, r), r), constant<float>(1));
+  const P r2 = pmul(r, r);
+  const P low = pmadd(r, constant<float>(1.6666665459e-1), constant<float>(5.0000001201e-1));
+  const P middle = pmadd(r, constant<float>(8.3334519073e-3), constant<float>(4.1665795894e-2));
+  const P high = pmadd(r, constant<float>(1.9875691500e-4), constant<float>(1.3981999507e-3));
+  P p = pmadd(pmadd(high, r2, middle), r2, low);
+  p = padd(pmadd(p, r2, r), constant<float>(1));
   const I bits = Eigen::internal::preinterpret<I>(shifted);
   const P power = Eigen::internal::preinterpret<P>(Eigen::internal::plogical_shift_left<23>(bits));
   return pmul(p, power);
@@ -48,7 +49,19 @@ FASTBPTT_INLINE Packet<S> logistic(const Packet<S>& x) {
   return pdiv(one, padd(one, exp_of(Eigen::internal::pnegate(x))));
 }
 
-FASTBPTT_INLINE Packet<float> tanh_of(const Packet<float>& x) { return Eigen::internal::ptanh(x); }
+// x + x^3 P(x^2) over Q(x^2), with the coefficients of Eigen's tanh after version 3.4. At the clamp
+// it is 1, with and without fused multiply-adds, and before it never more.
+FASTBPTT_INLINE Packet<float> tanh_of(const Packet<float>& x) {
+  using P = Packet<float>;
+  const P end = constant<float>(8.04625988), one = constant<float>(1);
+  const P y = Eigen::internal::pmax(Eigen::internal::pmin(x, end), Eigen::internal::pnegate(end));
+  const P z = pmul(y, y), z2 = pmul(z, z);
+  P p = pmadd(z, constant<float>(3.520756727e-3), constant<float>(1.340216100e-1));
+  p = pmadd(z2, pmadd(z, constant<float>(1.394553628e-8), constant<float>(2.102733560e-5)), p);
+  P q = pmadd(z, constant<float>(2.597254514e-2), constant<float>(4.673548340e-1));
+  q = pmadd(z2, pmadd(z, constant<float>(8.015776984e-7), constant<float>(3.326951409e-4)), q);
+  return pdiv(pmadd(pmul(y, z), p, y), pmadd(z, q, one));
+}
 
 // Near zero the rational approximation of Cephes (Moshier), x + x^3 P(x^2) / Q(x^2); beyond it
 // 1 - 2 / (exp(2|x|) + 1), which loses nothing there.
