@@ -199,11 +199,13 @@ class ForwardLayer {
     const Index passes = ceil_div(I, columns_at_once());
     for (Index i = 0; i < passes; ++i) {
       const Index begin = I * i / passes, end = I * (i + 1) / passes;
+      const S* const next =
+          i < passes - 1 ? nullptr : panels_.x(job_.packed, j) + panels_.panel_size();
       Index t = 0, b = 0;
       for_row_tiles(rows, Q, [&](Index R, Index row) {
         RowsProduct<S> product(ahead(j, row) + Cell::x_first * p, width, end - begin,
                                panels_.x(job_.packed, j) + begin * Q * p);
-        product.fetch_next(Q, R, row);
+        product.fetch_next(Q, R, row, next);
         for (Index r = 0; r < R; ++r) {
           product.a[r] = job_.x.at(t, b) + begin;
           if (++b == job_.batch) b = 0, ++t;
@@ -275,8 +277,9 @@ class ForwardLayer {
     };
     const S* const x_panel = panels_.x(job_.packed, j);
     const S* const h_panel = panels_.h(job_.packed, j);
-    const S* const next =
-        goes_back(t) ? (ahead_ ? h_panel : x_panel) - panels_.panel_size() : nullptr;
+    // What the last tiles of rows fetch: the same of the next panel.
+    const S* const next = (ahead_ ? h_panel : x_panel) +
+                          (goes_back(t) ? -panels_.panel_size() : panels_.panel_size());
     const Sequence<const S> x = job_.x.from(t);
     if (!whole) {
       for (Index i = 0; i < x_passes; ++i) {
