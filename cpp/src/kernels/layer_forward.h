@@ -277,7 +277,7 @@ class ForwardLayer {
     };
     const S* const x_panel = panels_.x(job_.packed, j);
     const S* const h_panel = panels_.h(job_.packed, j);
-    // What the last tiles of rows fetch: the same of the next panel.
+    // What the last pass over a panel fetches: what is read first of the next.
     const S* const next = (ahead_ ? h_panel : x_panel) +
                           (goes_back(t) ? -panels_.panel_size() : panels_.panel_size());
     const Sequence<const S> x = job_.x.from(t);
