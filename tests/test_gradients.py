@@ -40,8 +40,8 @@ EDGES = [
     (5, 16, 16, 32, 2),
     (4, 5, 17, 130, 1),
     (300, 3, 5, 7, 2),
-    (3, 8, 5, 257, 1),
-    (3, 6, 5, 257, 1),
+    (3, 8, 5, 257, 1),  # two tiles of rows beside weights of a megabyte, with AVX-512
+    (3, 6, 5, 257, 1),  # and with AVX2
 ]
 ODD = [1, 3, 5, 7, 13, 17, 31, 33]
 DRAWN = random.Random(0).sample(list(product([2, 3, 7, 13], ODD, ODD, ODD, [1, 2, 3])), 12)

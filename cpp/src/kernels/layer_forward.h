@@ -59,6 +59,7 @@ class ForwardLayer {
         panels_(job.shape),
         second_(job.shape),
         ahead_((job.packed || normalised) && x_goes_ahead(panels_, job.batch)),
+        turns_(turns_back(job.batch, few_rows, step_bytes())),
         parts_(job, panels_, job.packed ? job.packed + norm_offset(job.shape) : nullptr,
                job.scratch),
         sums_of_x_(job.scratch + Parts::scratch(job.shape, job.steps, job.batch, job.team.size)),
@@ -105,13 +106,13 @@ class ForwardLayer {
     const Index weights = panels.count() * panels.x_size() * Index(sizeof(S));
     return batch <= few_rows || weights > large_bytes;
   }
-  static constexpr Index large_bytes = Index(1) << 20;
 
-  bool goes_back(Index t) const {
+  // Bytes of the weights that a step reads.
+  Index step_bytes() const {
     const Index panel = panels_.h_size() + (ahead_ ? 0 : panels_.x_size());
-    return t % 2 == 1 &&
-           turns_back(job_.batch, few_rows, panels_.count() * panel * Index(sizeof(S)));
+    return panels_.count() * panel * Index(sizeof(S));
   }
+  bool goes_back(Index t) const { return turns_ && t % 2 == 1; }
   Index panel(Index t, Index i, Index begin, Index end) const {
     return goes_back(t) ? begin + end - 1 - i : i;
   }
@@ -546,6 +547,7 @@ class ForwardLayer {
   const Panels<S, Cell> panels_;
   const SecondProduct<S, Cell> second_;
   const bool ahead_;
+  const bool turns_;  // whether every other step goes back through the panels
   Parts parts_;
   S* const sums_of_x_;  // sums of the input product [panels][steps * B][width], if it goes ahead
   S* const shared_sums_;

@@ -233,10 +233,11 @@ class ReverseLayer {
     const Index from = job_.team.begin(panels), to = job_.team.end(panels);
     const Index bytes = factor.rows() * columns * Index(sizeof(S));
     const bool back = split && turns_back(n, tile_rows(4), bytes) && row / n % 2 == 1;
-    for (Index i = from; i < to; ++i) {
-      const Index panel = back ? from + to - 1 - i : i;
+    for (Index k = from; k < to; ++k) {
+      const Index panel = back ? from + to - 1 - k : k;
       const Index Q = Panels<S, Cell>::reverse_packets(columns, panel);
       const S* const w = weights ? factor.weights(weights, panel) : nullptr;
+      const S* const next = w && back ? factor.weights(weights, panel - 1) : nullptr;
       // Gradient panels whose weights stay in the first caches over all rows.
       const Index fit = panel_bytes / (Index(sizeof(S)) * 4 * p * step);
       const Index most = fit > 0 ? fit : 1;
@@ -254,7 +255,8 @@ class ReverseLayer {
             }
             if (i == 0) start(sums, R, at, Q, panel);
             if (w) {
-              multiply_grads(factor, split, back, R, Q, sums, row + at, begin, stop, w, at, soon);
+              multiply_grads(factor, split, R, Q, sums, row + at, begin, stop, w, at,
+                             i == passes - 1 ? next : nullptr, soon);
             } else {
               soon.fetch(0, R);
             }
@@ -282,8 +284,8 @@ class ReverseLayer {
     }
   }
 
-  void multiply_grads(const Factor& factor, bool split, bool back, Index R, Index Q, S* sums,
-                      Index row, Index begin, Index stop, const S* weights, Index at,
+  void multiply_grads(const Factor& factor, bool split, Index R, Index Q, S* sums, Index row,
+                      Index begin, Index stop, const S* weights, Index at, const S* next,
                       const RowFetches& soon) const {
     const Index step = factor.step;
     // The last panel of four packets may be shorter.
@@ -297,9 +299,7 @@ class ReverseLayer {
       product.panel_behind = weights + last * step * Q * p;
       for (Index r = 0; r < R; ++r) product.behind[r] = factor.at(last, row + r, rows_);
     }
-    // From the last panel to the first what is next behind a panel's end is the one before.
-    const bool turns = back && stop == factor.panels;
-    product.fetch_next(Q, R, at, turns ? weights - 4 * p * factor.rows() : nullptr);
+    product.fetch_next(Q, R, at, next);
     // One row before each block, and what is left before the first.
     soon.fetch(0, 1);
     soon.fetch(product.blocks < 1 ? 1 : product.blocks, R);
