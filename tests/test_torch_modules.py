@@ -594,6 +594,74 @@ def test_copies_are_independent(on_the_core):
     assert torch.equal(layer(x)[0], want)
 
 
+@pytest.mark.parametrize("hidden_size", [5, 200], ids=["small", "large"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_results_are_tensors_like_any_other(mode, hidden_size, on_the_core):
+    """Their memory is this library's: nobody else gets it while one of them lives."""
+    layer, x = ft.LSTM(4, hidden_size), torch.randn(70, 3, 4)
+    with mode():
+        y, (h, c) = layer(x)
+        kept = [tensor.detach().clone() for tensor in (y, h, c)]
+        for _ in range(3):
+            layer(x + 1)
+        for tensor, values in zip((y, h, c), kept, strict=True):
+            assert tensor.is_contiguous()
+            assert tensor.is_inference() == (mode is torch.inference_mode)
+            assert torch.equal(tensor.detach(), values)
+            view = tensor.detach().numpy()
+            file = io.BytesIO()
+            torch.save(tensor.detach(), file)
+            file.seek(0)
+            assert torch.equal(torch.load(file), values)
+            assert torch.equal(copy.deepcopy(tensor.detach()), values)
+            assert (view == values.numpy()).all()
+    with pytest.raises(RuntimeError, match="not resizable"):
+        y.detach().resize_(10**6)
+    part = y.detach()[-1]
+    del y, h, c, tensor, view
+    layer(x + 1)
+    assert torch.equal(part, kept[0][-1])
+    assert torch.equal(part.clone().share_memory_(), kept[0][-1])
+
+
+@pytest.mark.parametrize("place", ["x", "h", "c", "grad"])
+def test_what_a_transform_has_left_behind(place):
+    """A tensor of `torch.func.grad` that outlives it: a wrapper without memory of its own."""
+    left = {}
+
+    def leak(tensor):
+        left[place] = tensor * 1
+        return tensor.sum()
+
+    theirs, ours = pair("LSTM", I, H)
+    tensors = {"x": torch.randn(T, B, I), "h": torch.randn(1, B, H), "c": torch.randn(1, B, H)}
+    tensors["grad"] = torch.randn(T, B, H)
+    torch.func.grad(leak)(tensors[place])
+    found = []
+    for module, given in ((theirs, tensors), (ours, {**tensors, **left})):
+        x = given["x"].requires_grad_()
+        y = module(x, (given["h"], given["c"]))[0]
+        found.append([y, *torch.autograd.grad(y, list(module.parameters()), given["grad"])])
+    assert_same(*found, 1e-5)
+
+
+@pytest.mark.parametrize("hidden_size", [5, 200], ids=["small", "large"])
+def test_gradients_are_added_up_and_kept(hidden_size, on_the_core):
+    theirs, ours = pair("LSTM", 4, hidden_size)
+    x = torch.randn(70, 3, 4)
+    for module in (theirs, ours):
+        for number in range(3):
+            module(x + number)[0].square().sum().backward()
+    for (name, wanted), got in zip(theirs.named_parameters(), ours.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, wanted.grad, rtol=1e-4, atol=1e-3, msg=name)
+    before = ours.weight_hh_l0.grad
+    copied = before.clone()
+    ours.zero_grad()
+    ours(x)[0].sum().backward()
+    assert torch.equal(before, copied)
+    assert ours.weight_hh_l0.grad is not before
+
+
 def test_weights_are_read_anew_each_time(on_the_core):
     """Moved, shrunk and changed in place: nothing of a call is kept for the next."""
     theirs, ours = pair("GRU", I, H)

@@ -117,18 +117,24 @@ class Verbs {
     const Kept kept = inputs(in, x, h, c, weights, batch_sizes);
     const Index L = in.shape.layers(), D = in.shape.directions;
     const Index R = in.shape.output_size();
-    const py::object narrow = example(x, in, in.dtype), wide = example(x, in, in.wide());
+    const Dtype wide = in.wide();
     View y_at, h_at, c_at;
-    const py::object y = empty(narrow, with_last_axis(in.x, D * R), y_at);
-    py::object last_h = empty(wide, {L, in.B, R}, h_at);
-    py::object last_c =
-        has_cell_state(cell_) ? empty(wide, {L, in.B, in.shape.hidden_size}, c_at) : py::none();
+    const py::object y = tensors_.empty(in.dtype, with_last_axis(in.x, D * R), y_at);
+    py::object last_h = tensors_.empty(wide, of_shape({L, in.B, R}), h_at);
+    py::object last_c = py::none();
+    if (has_cell_state(cell_)) {
+      last_c = tensors_.empty(wide, of_shape({L, in.B, in.shape.hidden_size}), c_at);
+    }
     py::object tape = py::none();
     in.by_type([&](auto type) {
       using E = decltype(type);
       using S = Arithmetic<E>;
       S* kept_at = nullptr;
-      if (keep) tape = new_tape<S>(wide, in.tape_size(), kept_at);
+      if (keep) {
+        View tape_at;
+        tape = tensors_.empty(wide, of_shape({in.tape_size()}), tape_at);
+        kept_at = tape_at.at<S>();
+      }
       const Forward<E> call{in.T,
                             sequence<const E>(in, in.x),
                             {in.h.at<const S>(), in.c.at<const S>()},
@@ -139,10 +145,10 @@ class Verbs {
         kept_at ? session.record(call, kept_at, interrupt) : session.advance(call, interrupt);
       });
     });
-    last_h = cast(std::move(last_h), in.wide(), in.dtype);
+    last_h = cast(std::move(last_h), wide, in.dtype);
     // Under autocast the projected LSTM of torch rounds h alone.
     const Dtype of_c = projected_ ? in.given[in.c ? 2 : 0] : in.dtype;
-    if (has_cell_state(cell_)) last_c = cast(std::move(last_c), in.wide(), of_c);
+    if (has_cell_state(cell_)) last_c = cast(std::move(last_c), wide, of_c);
     return py::make_tuple(y, last_h, last_c, tape);
   }
 
@@ -177,10 +183,9 @@ class Verbs {
     }
 
     py::tuple results(count);
-    const py::object like = example(x, in, wide);
     const auto make = [&](std::size_t i, const View& shape) {
       View at;
-      results[i] = empty(like, shape, at);
+      results[i] = tensors_.empty(wide, shape, at);
       return at;
     };
     for (std::size_t i = 0; i < count; ++i) results[i] = py::none();
@@ -442,45 +447,6 @@ class Verbs {
   static py::object cast(py::object tensor, Dtype from, Dtype to) {
     if (from == to) return tensor;
     return tensor.attr(to == Dtype::bfloat16 ? "bfloat16" : "float")();
-  }
-
-  // A tensor of this dtype, to make others like it.
-  static py::object example(py::handle x, const Inputs& in, Dtype dtype) {
-    if (in.given[0] == dtype) return py::reinterpret_borrow<py::object>(x);
-    return cast(x.attr("new_empty")(0), in.given[0], dtype);
-  }
-
-  // A new dense tensor, not initialised, of the dtype of another.
-  py::object empty(py::handle like, const View& shape, View& view) const {
-    static PyObject* const new_empty = PyUnicode_InternFromString("new_empty");
-    py::tuple sizes(shape.axes);
-    for (int i = 0; i < shape.axes; ++i) sizes[i] = shape.shape[i];
-    auto made = py::reinterpret_steal<py::object>(
-        PyObject_CallMethodOneArg(like.ptr(), new_empty, sizes.ptr()));
-    if (!made) throw py::error_already_set();
-    if (!tensors_.read(made, view) || view.axes != shape.axes || !view.is_dense(view.axes) ||
-        !std::equal(view.shape, view.shape + view.axes, shape.shape)) {
-      throw std::runtime_error("new_empty gave another tensor than was asked for");
-    }
-    return made;
-  }
-  py::object empty(py::handle like, std::initializer_list<Index> shape, View& view) const {
-    return empty(like, of_shape(shape), view);
-  }
-
-  // One that is not small is memory of this library's, kept for the next training step.
-  template <class S>
-  py::object new_tape(py::handle like, Index size, S*& data) const {
-    if (size * Index(sizeof(S)) >= Index(kept_block)) {
-      Buffer<S> buffer(size);
-      data = buffer.data();
-      return tensors_.tensor_of(std::move(buffer));
-    }
-    View view;
-    if (size == 0) return like.attr("new_empty")(0);
-    py::object tape = empty(like, {size}, view);
-    data = view.at<S>();
-    return tape;
   }
 
   template <class S>

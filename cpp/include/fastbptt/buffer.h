@@ -1,4 +1,4 @@
-// Scratch memory: aligned, not initialised, freed with its owner.
+// Memory for scratch and for results: aligned, not initialised, freed with its owner.
 #pragma once
 #include <cstddef>
 #include <new>

@@ -134,9 +134,13 @@ class FreeBlocks {
     const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
     if (!lock) return std::free(data);
     Block* free = nullptr;
+    std::size_t small = 0;
     for (Block& block : blocks_) {
       if (!block.data) free = &block;
+      if (block.data && block.bytes < large_block) ++small;
     }
+    // Results that were held for a while, and are let go all at once, leave room for a tape.
+    if (bytes < large_block && small >= most_small_blocks) free = &victim(large_block);
     if (!free) free = &victim();
     std::free(remove(*free));
     *free = {data, bytes, ++puts_};
@@ -192,6 +196,7 @@ class FreeBlocks {
   }
 
   std::mutex mutex_;
+  static constexpr std::size_t most_small_blocks = 24;
   std::array<Block, 32> blocks_;  // a step's tape, packed weights, outputs and gradients
   std::size_t puts_ = 0;
   std::size_t bytes_ = 0;

@@ -7,7 +7,7 @@ operator written in Python, as long as a whole training step of a small layer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -39,10 +39,7 @@ def recurrent(
             y, last_h, last_c = advance(x, h, c, list(weights), *run)
         return y, last_h, last_c if run.cell == "lstm" else None
     if needs_grad:
-        results: tuple[Tensor, Tensor, Tensor | None] = _Recurrent.apply(  # type: ignore[no-untyped-call]
-            run, batch_sizes, x, h, c, *weights
-        )
-        return results
+        return _apply(run, batch_sizes, x, h, c, *weights)
     return _forward(run, x, h, c, weights, batch_sizes, keep=False)[:3]
 
 
@@ -100,6 +97,12 @@ class _Recurrent(torch.autograd.Function):
                 x, h, c, weights, batch_sizes, y, tape, grad_y, grad_h, grad_c, needed, threads
             ),
         )
+
+
+# `Function.apply` without its work for torch.func, whose tensors `eligible` keeps out: dead ones
+# too, as they have no memory to read.
+_apply: Callable[..., tuple[Tensor, Tensor, Tensor | None]]
+_apply = super(torch.autograd.Function, _Recurrent).apply
 
 
 def _or_empty(last_c: Tensor | None, run: Run, x: Tensor, c: Tensor | None) -> Tensor:
