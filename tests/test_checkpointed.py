@@ -253,6 +253,25 @@ def test_memory_is_divided_within_two_percent_of_the_best(seed):
     assert T + advanced_steps(T, slots, segment) <= 1.02 * (T + best)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_little_memory_is_divided_for_the_fewest_calls(seed):
+    """Of short segments that take hardly more steps than the best, the longest."""
+    rng = np.random.default_rng(seed)
+    T, B, I, H = (int(rng.integers(*n)) for n in ((200, 3000), (1, 30), (1, 60), (8, 80)))  # noqa: E741
+    model = fb.Model(make_layer(rng.choice(KERNELS), I, H), fb.Linear(H, 3))
+    needs = memory.needs_of(model, T, B)
+    size = needs.fixed(4) + 4 * needs.step + int(rng.integers(2, 40)) * needs.state
+    _, segment = fb.Checkpointed(memory=size).division(T, needs)
+    costs = {}
+    for length in range(1, 8):
+        slots = (size - needs.fixed(length) - length * needs.step) // needs.state
+        if slots >= 2 and length * needs.step <= checkpointing._CACHED:
+            costs[length] = T + advanced_steps(T, int(slots), length)
+    least = min(costs.values())
+    longest = max(length for length, cost in costs.items() if cost <= 1.005 * least)
+    assert segment >= longest
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_long_sequences_run_in_segments_that_stay_in_the_cache(seed):
     """The memory would allow segments several times as long, which save next to nothing."""

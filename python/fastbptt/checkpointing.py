@@ -50,7 +50,7 @@ class Checkpointed:
         Instead of `slots`: the most that a call may allocate beyond its input and results, in bytes
         or as text such as "64MB" (1000**2) or "64MiB" (1024**2). Slots and segment are chosen so
         that the fewest steps are run again; where one percent more steps allow segments that stay
-        in the cache, these are taken, which may leave much of the memory unused.
+        in the cache, the longest of these are taken, which may leave much of the memory unused.
     segment : int, optional
         With `slots`: steps to record at a time.
 
@@ -112,7 +112,8 @@ class Checkpointed:
         # What is fixed depends on the segment, and the segment on what that leaves: so it is tried
         # for segments of no more than some lengths, which are near enough to each other.
         found = []
-        for longest in {*_lengths(T), _blocks(T, 2)}:
+        cached = min(T, _CACHED // needs.step)
+        for longest in {*_lengths(T), _blocks(T, 2), max(1, cached)}:
             left = self.memory - needs.fixed(longest)
             if left < least_bytes(needs.state, needs.step, T):
                 continue
@@ -139,10 +140,14 @@ class Checkpointed:
             )
             if segment >= 1 and slots >= min(2, _blocks(T, segment) - 1):
                 best = min(best, (min(slots, _blocks(T, segment) - 1), segment), key=cost)
-        # A few steps more are less work than a tape that comes from memory.
-        cached = [division for division in found if division[1] * needs.step <= _CACHED]
-        short = min(cached, key=cost, default=best)
-        return short if 100 * (T + cost(short)) <= 101 * (T + cost(best)) else best
+        # A few steps more are less work than a tape from memory, or than many short calls.
+        most = 101 * (T + cost(best)) // 100 - T
+        short = [
+            division
+            for division in (*found, best)
+            if division[1] <= cached and cost(division) <= most
+        ]
+        return max(short, key=lambda division: (division[1], -cost(division)), default=best)
 
     def plan(self, T: int, needs: Needs) -> Iterator[Action]:
         """Return the actions for `T` steps."""

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 from fastbptt._arrays import as_size
 
 Verb: TypeAlias = Literal["advance", "record", "reverse", "store", "restore"]
 
 
-@dataclass(frozen=True, slots=True)
-class Action:
+class Action(NamedTuple):
     """One action of a plan, over the steps `[t0, t1)`.
 
     Parameters
