@@ -10,6 +10,7 @@ import pytest
 
 import fastbptt as fb
 import options
+from conftest import require
 from reference import CELLS, assert_close, make_layer
 
 _reference = pytest.importorskip(
@@ -104,6 +105,51 @@ def test_what_lies_behind_a_length_does_not_matter(cell):
     problem.grad_y[away] = np.nan
     for name, value in options.run_library(problem).items():
         np.testing.assert_array_equal(value, results[name], err_msg=name)
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("hidden_size", [64, 61])
+def test_long_padding_is_zero_in_memory_that_was_not(hidden_size, dtype, batch_first, threads):
+    """More than the second cache holds; what lies there before is the results of a step before."""
+    dtype = require("ml_dtypes").bfloat16 if dtype == "bfloat16" else np.float32
+    T, B, I = 90, 100, 63  # noqa: E741
+    rng = np.random.default_rng(hidden_size)
+    layer = fb.GRU(I, hidden_size, bidirectional=True, batch_first=batch_first, dtype=dtype, seed=0)
+    shape = (B, T) if batch_first else (T, B)
+    x = rng.standard_normal((*shape, I)).astype(dtype)
+    grad_y = rng.standard_normal((*shape, 2 * hidden_size), dtype=np.float32)
+    lengths = rng.integers(0, T + 1, B)
+    away = np.arange(T) >= lengths[:, None] if batch_first else np.arange(T)[:, None] >= lengths
+    assert x.nbytes > 1 << 20
+    for given in (None, lengths, lengths, np.zeros(B, int)):
+        y, _, tape = layer.forward(x, lengths=given)
+        grads = layer.backward(tape, grad_y)
+        there = np.ones_like(away) if given is None else ~away & (given.max() > 0)
+        assert not y[~there].any()
+        assert not grads.x[~there].any()
+        assert y[there].any(axis=-1).all()
+        assert grads.x[there].any(axis=-1).all()
+        del y, tape, grads
+
+
+def test_long_padding_of_a_sequence_in_pieces():
+    """Pieces that begin behind some of the lengths, and behind all."""
+    T, B, I, H = 400, 64, 64, 64  # noqa: E741
+    rng = np.random.default_rng(0)
+    model = fb.Model(fb.RNN(I, H, seed=0), fb.Linear(H, 1, seed=0))
+    x = rng.standard_normal((T, B, I), dtype=np.float32)
+    target = rng.standard_normal((T, B, 1), dtype=np.float32)
+    lengths = rng.integers(0, 250, B)
+    dx = [np.full_like(x, np.nan) for _ in range(2)]
+    found = [
+        fb.value_and_grad(model, x, target, "mse", schedule=schedule, lengths=lengths, grad_x=to)
+        for schedule, to in zip((fb.Full(), fb.Checkpointed(slots=2)), dx, strict=True)
+    ]
+    for name, grad in found[0].grads.items():
+        np.testing.assert_array_equal(grad, found[1].grads[name], err_msg=name)
+    np.testing.assert_array_equal(*dx)
+    assert not dx[0][np.arange(T)[:, None] >= lengths].any()
 
 
 @pytest.mark.parametrize("cell", SMOOTH)

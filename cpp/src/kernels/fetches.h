@@ -5,6 +5,7 @@
 #pragma once
 #include <cstdint>
 
+#include "kernels/kernel_table.h"
 #include "kernels/packet.h"
 
 namespace fastbptt {
@@ -14,9 +15,10 @@ struct RowFetch {
   static constexpr int line = 64;
   const char* from;
   Index row, lines, step;  // bytes from row to row, lines of each, bytes between them
+  const Index* places;     // which row each is; null: as they come
 
   FASTBPTT_INLINE void fetch(Index r) const {
-    const char* at = from + r * row;
+    const char* at = from + (places ? places[r] : r) * row;
     for (Index n = 0; n < lines; ++n, at += step) __builtin_prefetch(at);
   }
 };
@@ -27,7 +29,20 @@ FASTBPTT_INLINE RowFetch values_of(const T* from, Index row, Index n) {
   constexpr Index size = Index(sizeof(T)), line = RowFetch::line;
   const bool even = reinterpret_cast<std::uintptr_t>(from) % line == 0 && row * size % line == 0;
   const auto at = reinterpret_cast<const char*>(from);
-  return {at, row * size, ceil_div(n * size, line) + (even ? 0 : 1), line};
+  return {at, row * size, ceil_div(n * size, line) + (even ? 0 : 1), line, nullptr};
+}
+
+// n values from `first` on of the rows from b on.
+template <class T>
+FASTBPTT_INLINE RowFetch values_of(const PlacedSequence<T>& all, Index t, Index b, Index first,
+                                   Index n) {
+  RowFetch rows = values_of(all.data + t * all.step + first, all.row, n);
+  if (all.places) {
+    rows.places = all.places + b;
+  } else {
+    rows.from += b * rows.row;
+  }
+  return rows;
 }
 
 class RowFetches {

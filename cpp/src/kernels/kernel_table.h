@@ -84,6 +84,13 @@ struct ForwardJob {
   bool narrow_y = false;  // whether y is rounded to what bfloat16 has; of float only
 };
 
+// One whose row b lies in place places[b]; null: in place b.
+template <class S>
+struct PlacedSequence : Sequence<S> {
+  const Index* places = nullptr;
+  S* at(Index t, Index b = 0) const { return Sequence<S>::at(t, places ? places[b] : b); }
+};
+
 template <class S>
 struct ReverseJob {
   LayerShape shape;
@@ -95,11 +102,11 @@ struct ReverseJob {
   Sequence<const S> x;  // as in ForwardJob
   Sequence<const S> y;
   Tape<const S> tape;
-  Sequence<const S> grad_y;  // data null: zeros
-  Sequence<S> grad_x;        // data null: not asked for
-  State<S> grad_state;       // like the state, in: after the last step, out: before the first
-  const S* packed;           // by reverse_pack
-  const S* peephole;         // [P, H], null: none
+  PlacedSequence<const S> grad_y;  // data null: zeros
+  PlacedSequence<S> grad_x;        // data null: not asked for
+  State<S> grad_state;             // like the state, in: after the last step, out: before the first
+  const S* packed;                 // by reverse_pack
+  const S* peephole;               // [P, H], null: none
   Team team;
   S* scratch;           // reverse_scratch elements, begun
   bool fresh;           // the first run since then: nothing has been gathered yet

@@ -363,8 +363,8 @@ class ReverseLayer {
   template <class To>
   FASTBPTT_INLINE void add_units(Index t, Index b, Index Q, Index panel, To&& soon) const {
     const Index first = panel * 4 * p, before = t > 0 ? t - 1 : 0;
-    const Sequence<const S>&y = job_.y, &grad_y = job_.grad_y;
-    if (grad_y.data) soon.add(values_of(grad_y.at(t, b) + first, grad_y.row, Q * p));
+    const Sequence<const S>& y = job_.y;
+    if (job_.grad_y.data) soon.add(values_of(job_.grad_y, t, b, first, Q * p));
     if (second_.projects()) return;
     soon.add(values_of(y.at(Cell::carries_h ? before : t, b) + first, y.row, Q * p));
     if (job_.tape.wide.data) {
@@ -382,7 +382,8 @@ class ReverseLayer {
     // Of the step before only c, the last run of each packet.
     constexpr Index size = Index(sizeof(T));
     const T* const c = tape.at(t - 1, b) + (first + p) * Cell::tape - p;
-    soon.add(RowFetch{reinterpret_cast<const char*>(c), tape.row * size, Q, p * Cell::tape * size});
+    soon.add(RowFetch{reinterpret_cast<const char*>(c), tape.row * size, Q, p * Cell::tape * size,
+                      nullptr});
   }
 
   void step(Index t) {

@@ -10,8 +10,8 @@
 //
 // The kernels know no bfloat16 but in their tape. Where x and y are that, and between the layers
 // too, a chunk of x is widened before a kernel reads it, and y narrowed behind the one that wrote
-// it; so do the chunks of rows that lie unevenly in the caller's memory. What is as long as the
-// sequence exists in bfloat16 alone.
+// it. Rows of x and y that lie unevenly in the caller's memory are copied in the same places. What
+// is as long as the sequence exists in bfloat16 alone.
 #include <algorithm>
 #include <atomic>
 #include <memory>
@@ -23,6 +23,7 @@
 #include "fastbptt/random.h"
 #include "fastbptt/recurrent.h"
 #include "fastbptt/runtime.h"
+#include "memory/zeros.h"
 #include "schedules/lengths.h"
 #include "schedules/marks.h"
 #include "schedules/stop_flag.h"
@@ -34,6 +35,13 @@ namespace {
 // Rows of time x batch in a chunk: enough for the products to be worth their set-up, few enough
 // that what one layer writes is still in the cache when the next reads it.
 constexpr Index chunk_rows = 256;
+
+// Of most processors, a core's own. Results of more bytes are not there any more when somebody
+// reads them.
+constexpr Index second_cache = Index(1) << 20;
+
+// How far ahead of a copy the rows are fetched that do not lie at one stride.
+constexpr Index bytes_ahead = 8 << 10;
 
 // Rows of time x batch up to which packing the weights costs more than it saves.
 constexpr Index direct_rows = 8;
@@ -233,6 +241,21 @@ void copy_values(const float* from, Index n, Bfloat16* to) {
   for (Index i = 0; i < n; ++i) to[i] = narrowed(from[i]);
 }
 
+// Fetches the row that is copied some rows behind row j of step s: rows that lie unevenly come from
+// memory one by one, as the processor does not see which is next. Inlined, as a function that does
+// only this looks to the compiler as if it did nothing.
+template <class At>
+__attribute__((always_inline)) inline void fetch_ahead(Index s, Index j, Index rows, Index steps,
+                                                       Index columns, const At& at) {
+  constexpr Index size = Index(sizeof(*at(0, 0)));
+  j += 1 + bytes_ahead / (columns * size);
+  if (j >= rows * (steps - s)) return;
+  for (; j >= rows; j -= rows) ++s;
+  const auto* const from = at(s, j);
+  for (Index i = 0; i < columns; i += 64 / size) __builtin_prefetch(from + i);
+  __builtin_prefetch(from + columns - 1);
+}
+
 template <class S>
 void fill_zero(const LayerShape& s, const Weights<S>& weights) {
   for (int which = 0; which < weights_a_layer; ++which) {
@@ -285,9 +308,8 @@ struct ReverseMemory {
   std::vector<Index> mask;
   std::vector<Index> x;
   std::vector<Index> y;  // with the step before the chunk
-  std::vector<Index> grad_y;
   std::vector<Index> grad_cells;
-  std::vector<Index> grad_x;   // a chunk that is still to be added, or put where its rows belong
+  std::vector<Index> grad_x;   // a chunk that is still to be added
   std::vector<Index> start;    // the state that a block begins with
   std::vector<Index> restart;  // what resets give back to the learned states, by part
   // Whether the scratch has weight gradients yet: one for each member of a team, who must not see
@@ -508,11 +530,10 @@ struct Session<E>::Data {
       const bool in_chunks = narrow || !part.even;
       memory.x.push_back(chunk(in_chunks, most_columns()));
       memory.y.push_back(memory.arena.reserve(in_chunks ? (capacity + part.rows) * R : 0));
-      memory.grad_y.push_back(chunk(!part.even, R));
       memory.grad_cells.push_back(chunk(!part.even, cells_width()));
       memory.restart.push_back(
           memory.arena.reserve(restarts() ? shape.layers() * state_width() : 0));
-      memory.grad_x.push_back(chunk(both || !part.even, std::max(shape.input_size, y_width())));
+      memory.grad_x.push_back(chunk(both, std::max(shape.input_size, y_width())));
       memory.start.push_back(
           memory.arena.reserve(ragged() && part.stride > 1 ? part.rows * state_width() : 0));
     }
@@ -709,10 +730,12 @@ struct Session<E>::Data {
                              const Sequence<const T>& all, Index d, Index from, Index columns,
                              S* to) const {
     const Sequence<const T> own = directed(all, c.steps(), d);
+    const bool uneven = whose == Whose::callers && !w.part.even;
+    const auto at = [&](Index s, Index j) { return own.at(from + s, row_in(w, whose, j)); };
     each(w.team, c.steps() - from, [&](Index s) {
       for (Index j = 0; j < c.rows; ++j) {
-        copy_values(own.at(from + s, row_in(w, whose, j)), columns,
-                    to + (s * c.rows + j) * columns);
+        if (uneven) fetch_ahead(s, j, c.rows, c.steps() - from, columns, at);
+        copy_values(at(s, j), columns, to + (s * c.rows + j) * columns);
       }
     });
     return {to - from * c.rows * columns, c.rows * columns, columns};
@@ -722,9 +745,12 @@ struct Session<E>::Data {
   void scatter(const Walk& w, const Chunk& c, Whose whose, const Sequence<S>& from, Index d,
                Index columns, Index first, const Sequence<T>& all) const {
     const Sequence<T> to = directed(all, c.steps(), d);
+    const bool uneven = whose == Whose::callers && !w.part.even;
+    const auto at = [&](Index s, Index j) { return to.at(s, row_in(w, whose, j)) + first; };
     each(w.team, c.steps(), [&](Index s) {
       for (Index j = 0; j < c.rows; ++j) {
-        copy_values(from.at(s, j), columns, to.at(s, row_in(w, whose, j)) + first);
+        if (uneven) fetch_ahead(s, j, c.rows, c.steps(), columns, at);
+        copy_values(from.at(s, j), columns, at(s, j));
       }
     });
   }
@@ -797,15 +823,38 @@ struct Session<E>::Data {
     for (Index i = 0; i < n; ++i) to[i] = a[i] * widened(b[i]);
   }
 
-  // Zeros behind the length of each row.
+  // Zeros behind the length of each row, in the order in which they lie.
   template <class T>
   void clear_padding(const Forward<E>& run, const Sequence<T>& to, Index columns) const {
     if (!ragged() || packed || !to.data) return;
-    for (Index rank = 0; rank < B; ++rank) {
-      for (Index t = std::max(lengths.length(rank), run.begin); t < run.begin + run.steps; ++t) {
-        std::fill_n(to.at(t - run.begin, lengths.row(rank)), columns, T{});
+    const bool far = run.steps * B * columns * Index(sizeof(T)) > second_cache;
+    const bool by_rows = to.step < to.row;
+    run_split(split, [&](int p, const Team& team) {
+      const Part& part = parts[p];
+      // From which step on row j has none.
+      const auto end = [&](Index j) {
+        return std::max<Index>(lengths.length(part.rank(j)) - run.begin, 0);
+      };
+      const auto clear = [&](Index s, Index j, Index n) {
+        T* const at = to.at(s, lengths.row(part.rank(j)));
+        if (far) {
+          write_zeros(at, n * sizeof(T));
+        } else {
+          std::fill_n(at, n, T{});
+        }
+      };
+      const Index n = by_rows ? part.rows : run.steps;
+      for (Index i = team.begin(n); i < team.end(n); ++i) {
+        if (!by_rows) {
+          for (Index j = part.rows; j > 0 && end(j - 1) <= i; --j) clear(i, j - 1, columns);
+        } else if (to.step == columns) {
+          if (end(i) < run.steps) clear(end(i), i, (run.steps - end(i)) * columns);
+        } else {
+          for (Index s = end(i); s < run.steps; ++s) clear(s, i, columns);
+        }
       }
-    }
+      if (far) zeros_written();
+    });
   }
 
   // Calls step(l, d, chunk) for all of a part: the layers forward, or backward from the last.
@@ -977,14 +1026,20 @@ struct Session<E>::Data {
                                         : inside(w, c, layout.y(grad.tape, l), y_width(), 0);
         const Sequence<const S> grad_y = top ? outside(w, c, grad.grad_y) : read_only(middle(l, c));
         job.y = own_columns(y, whose, job.first ? 0 : -1, R, memory.arena.at(memory.y[p]));
-        job.grad_y = own_columns(grad_y, whose, 0, R, memory.arena.at(memory.grad_y[p]));
+        const Index* const places = even ? nullptr : &marks.rows[w.part.begin];
+        Sequence<const S> own_grad_y = grad_y;
+        if (own_grad_y.data) own_grad_y.data += d * R;
+        job.grad_y = {directed(own_grad_y, n, d), top ? places : nullptr};
         job.tape = kernel_tape(w, c, layout, grad.tape, k, d);
         const Index columns = shape.layer(k).input_size;
-        const Sequence<S> wanted = l == 0 ? outside(w, c, grad.grad_x) : middle(l - 1, c);
-        const bool aside = wanted.data && (d == 1 || (l == 0 && !even));
-        job.grad_x = aside
-                         ? Sequence<S>{memory.arena.at(memory.grad_x[p]), c.rows * columns, columns}
-                         : directed(wanted, n, d);
+        const PlacedSequence<S> wanted{l == 0 ? outside(w, c, grad.grad_x) : middle(l - 1, c),
+                                       l == 0 ? places : nullptr};
+        const bool aside = wanted.data && d == 1;
+        if (aside) {
+          job.grad_x = {{memory.arena.at(memory.grad_x[p]), c.rows * columns, columns}};
+        } else {
+          job.grad_x = {directed<S>(wanted, n, d), wanted.places};
+        }
         job.grad_state = layer_state(shape, state, k, B, w.part.begin);
         job.packed = memory.arena.at(memory.packed[k]);
         job.team = team;
@@ -1010,10 +1065,10 @@ struct Session<E>::Data {
         if (!aside && !dropping) return;
         each(team, n * c.rows, [&](Index i) {
           const Index s = i / c.rows, j = i % c.rows, t = d == 0 ? s : n - 1 - s;
-          S* const to = wanted.at(t, l == 0 && !even ? lengths.row(w.part.rank(j)) : j);
+          S* const to = wanted.at(t, j);
           if (aside) {
             const S* const more = job.grad_x.at(s, j);
-            for (Index f = 0; f < columns; ++f) to[f] = d == 0 ? more[f] : to[f] + more[f];
+            for (Index f = 0; f < columns; ++f) to[f] += more[f];
           }
           if (dropping) multiply(columns, mask + (t * c.rows + j) * columns, to, to);
         });
