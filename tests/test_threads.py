@@ -121,6 +121,19 @@ def test_thread_counts_agree_to_rounding(cell, dtype, batch):
         assert_close(run_library(problem), expected, 2.0 * rounding(problem))
 
 
+@pytest.mark.parametrize("cell", KERNELS)
+@pytest.mark.parametrize(("hidden_size", "batch"), [(800, 16), (1200, 32)])
+def test_threads_share_large_weights(cell, hidden_size, batch, rng):
+    """Not the rows of the batch: so the sums are those of one thread, bit for bit."""
+    problem = draw(rng, cell, 2, batch, 5, hidden_size, dtype="float32", relu_margin=0)
+    layer = layer_for(problem)
+    results = []
+    for count in (1, 2):
+        fb.set_num_threads(count)
+        results.append(run_library(problem, layer))
+    assert_same_bits(*results)
+
+
 def test_a_training_step_gives_the_same_bits_beside_others():
     fb.set_num_threads(3)
     model = fb.Model(fb.Embedding(50, 40, seed=0), fb.LSTM(40, 80, 2, seed=1), fb.Linear(80, 50))

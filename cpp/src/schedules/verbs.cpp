@@ -50,9 +50,6 @@ constexpr Index direct_rows = 8;
 // that are read from memory at each step allow half as much.
 constexpr double chunk_flops = 5e9;
 
-// Rows a thread below which the weights are read so often that it is better to share them out.
-constexpr Index rows_a_thread = 4;
-
 // Work a step and thread that is worth a barrier.
 constexpr double flops_a_barrier = 5e4;
 
@@ -70,12 +67,22 @@ struct Split {
   int team;
 };
 
+// Rows a thread below which the weights are read so often that it is better to share them out. If
+// they do not fit into the second cache, each thread then reads only its own part from behind it;
+// as long as there are panels enough for all to have about as many.
+Index least_rows(const StackShape& s, Index value_bytes, double threads) {
+  const double bytes = step_flops(s) / 2 / s.layers() * value_bytes;
+  if (bytes <= second_cache || s.hidden_size < 128 * threads) return 4;
+  if (bytes <= 2 * second_cache) return 5;
+  return bytes <= 4 * second_cache ? 9 : 17;
+}
+
 // `rows`: of time x batch.
-Split split_work(const StackShape& s, Index rows, Index B) {
+Split split_work(const StackShape& s, Index value_bytes, Index rows, Index B) {
   const double threads = get_num_threads();
   const double worth = std::max(1.0, step_flops(s) * rows / flops_a_thread);
   const double layer_step = step_flops(s) * B / s.layers();
-  if (B < rows_a_thread * threads) {
+  if (B < least_rows(s, value_bytes, threads) * threads) {
     const int team = static_cast<int>(std::min({threads, worth, layer_step / flops_a_barrier}));
     // Members that took turns on a CPU would wait for each other at every step. With few CPUs it is
     // still one part: the bits are those of the number of threads.
@@ -375,7 +382,7 @@ struct Session<E>::Data {
         seed(batch.seed ? *batch.seed : 0),
         longest(most_steps),
         all(lengths.blocks(batch.begin, batch.T)),
-        split(split_work(s, all.rows, batch.B)),
+        split(split_work(s, sizeof(S), all.rows, batch.B)),
         parts(share_rows(lengths, batch.B, split.parts)),
         direct(all.rows <= direct_rows),
         capacity(0),
