@@ -258,7 +258,8 @@ def test_little_memory_is_divided_for_the_fewest_calls(seed):
     """Of short segments that take hardly more steps than the best, the longest."""
     rng = np.random.default_rng(seed)
     T, B, I, H = (int(rng.integers(*n)) for n in ((200, 3000), (1, 30), (1, 60), (8, 80)))  # noqa: E741
-    model = fb.Model(make_layer(rng.choice(KERNELS), I, H), fb.Linear(H, 3))
+    layer = make_layer(rng.choice(KERNELS), I, H)
+    model = fb.Model(layer, fb.Linear(layer.output_size, 3))
     needs = memory.needs_of(model, T, B)
     size = needs.fixed(4) + 4 * needs.step + int(rng.integers(2, 40)) * needs.state
     _, segment = fb.Checkpointed(memory=size).division(T, needs)

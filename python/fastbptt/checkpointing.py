@@ -117,12 +117,13 @@ class Checkpointed:
             left = self.memory - needs.fixed(longest)
             if left < least_bytes(needs.state, needs.step, T):
                 continue
-            segment = min(longest, choose(T, needs.state, needs.step, left)[1])
-            left = self.memory - needs.fixed(segment) - segment * needs.step
-            used = _blocks(T, segment) - 1
-            slots = min(left // needs.state, used)
-            if left >= 0 and slots >= min(2, used):
-                found.append((slots, segment))
+            chosen = choose(T, needs.state, needs.step, left)[1]
+            for segment in {min(longest, chosen), longest}:
+                left = self.memory - needs.fixed(segment) - segment * needs.step
+                used = _blocks(T, segment) - 1
+                slots = min(left // needs.state, used)
+                if left >= 0 and slots >= min(2, used):
+                    found.append((slots, segment))
         if not found:
             raise ValueError(
                 f"memory: got {self.memory} bytes, wanted at least {_least_memory(T, needs)}"
@@ -397,12 +398,11 @@ def _checked(T: Any, slots: Any, segment: Any, granularity: Any) -> tuple[int, i
 
 
 def _lengths(T: int) -> Iterator[int]:
-    """Return T, then lengths that get shorter by about a seventh each time, down to 1."""
+    """Return T, then lengths that get shorter by about a seventh each time, from 14 on by 1."""
     length = T
-    while length > 1:
+    while length > 0:
         yield length
-        length = min(length - 1, length * 6 // 7)
-    yield 1
+        length = length * 6 // 7 if length > 14 else length - 1
 
 
 def _least_memory(T: int, needs: Needs) -> int:
