@@ -109,8 +109,8 @@ class Checkpointed:
         if self.slots is not None:
             return self.slots, self.segment or -(-T // (self.slots + 1))
         assert self.memory is not None
-        # What is fixed depends on the segment, and the segment on what that leaves: so it is tried
-        # for segments of no more than some lengths, which are near enough to each other.
+        # What is fixed depends on the segment, and the segment on what that leaves: so some lengths
+        # are tried, near enough to each other, and what is best with no more than each.
         found = []
         cached = min(T, _CACHED // needs.step)
         for longest in {*_lengths(T), _blocks(T, 2), max(1, cached)}:

@@ -10,6 +10,7 @@
 #include "kernels/panels.h"
 #include "kernels/second_product.h"
 #include "kernels/step_options.h"
+#include "memory/caches.h"
 
 namespace fastbptt {
 namespace FASTBPTT_ISA {
@@ -104,7 +105,7 @@ class ForwardLayer {
   static bool x_goes_ahead(const Panels<S, Cell>& panels, Index batch) {
     if (normalised) return true;
     const Index weights = panels.count() * panels.x_size() * Index(sizeof(S));
-    return batch <= few_rows || weights > large_bytes;
+    return batch <= few_rows || weights > second_cache;
   }
 
   // Bytes of the weights that a step reads.

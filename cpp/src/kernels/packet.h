@@ -80,15 +80,5 @@ FASTBPTT_INLINE Packet<S> constant(double value) {
 
 FASTBPTT_INLINE Index ceil_div(Index a, Index b) { return (a + b - 1) / b; }
 
-// n values that will be read or written soon, where rows lie so far from each other that the
-// processor does not see which is next. Inlined, as a function that does only this looks to the
-// compiler as if it did nothing.
-template <class T>
-FASTBPTT_INLINE void fetch(const T* from, Index n) {
-  constexpr Index line = 64 / Index(sizeof(T));
-  for (Index i = 0; i < n; i += line) __builtin_prefetch(from + i);
-  __builtin_prefetch(from + n - 1);
-}
-
 }  // namespace FASTBPTT_ISA
 }  // namespace fastbptt

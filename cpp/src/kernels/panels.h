@@ -13,6 +13,7 @@
 #include "cells/unit.h"
 #include "kernels/kernel_table.h"
 #include "kernels/packet.h"
+#include "memory/caches.h"
 
 namespace fastbptt {
 namespace FASTBPTT_ISA {
@@ -22,15 +23,13 @@ namespace FASTBPTT_ISA {
 // beside wide vectors.
 constexpr Index panel_bytes = (sizeof(Packet<float>) == 64 ? 96 : 48) * 1024;
 
-// Weights of more bytes do not stay in the second cache from step to step.
-constexpr Index large_bytes = Index(1) << 20;
-
 // Whether every other step goes through its panels from the last to the first, and so begins with
 // what is still in the cache: where the rows are a single tile, as each panel is left as soon as it
 // is read, and where they are two and the second cache holds a part of the weights. With more rows
 // the panels come in time, and order gains nothing.
 constexpr bool turns_back(Index rows, Index tile, Index weights) {
-  return rows <= tile || (rows <= 2 * tile && weights >= large_bytes && weights < 4 * large_bytes);
+  return rows <= tile ||
+         (rows <= 2 * tile && weights >= second_cache && weights < 4 * second_cache);
 }
 
 // A run of a panel's packets: those of the input product, or of the recurrent product.

@@ -136,8 +136,11 @@ class FreeBlocks {
     Block* free = nullptr;
     std::size_t small = 0;
     for (Block& block : blocks_) {
-      if (!block.data) free = &block;
-      if (block.data && block.bytes < large_block) ++small;
+      if (!block.data) {
+        free = &block;
+      } else if (block.bytes < large_block) {
+        ++small;
+      }
     }
     // Results that were held for a while, and are let go all at once, leave room for a tape.
     if (bytes < large_block && small >= most_small_blocks) free = &victim(large_block);

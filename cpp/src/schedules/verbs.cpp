@@ -23,6 +23,7 @@
 #include "fastbptt/random.h"
 #include "fastbptt/recurrent.h"
 #include "fastbptt/runtime.h"
+#include "memory/caches.h"
 #include "memory/zeros.h"
 #include "schedules/lengths.h"
 #include "schedules/marks.h"
@@ -35,10 +36,6 @@ namespace {
 // Rows of time x batch in a chunk: enough for the products to be worth their set-up, few enough
 // that what one layer writes is still in the cache when the next reads it.
 constexpr Index chunk_rows = 256;
-
-// Of most processors, a core's own. Results of more bytes are not there any more when somebody
-// reads them.
-constexpr Index second_cache = Index(1) << 20;
 
 // How far ahead of a copy the rows are fetched that do not lie at one stride.
 constexpr Index bytes_ahead = 8 << 10;
@@ -249,8 +246,7 @@ void copy_values(const float* from, Index n, Bfloat16* to) {
 }
 
 // Fetches the row that is copied some rows behind row j of step s: rows that lie unevenly come from
-// memory one by one, as the processor does not see which is next. Inlined, as a function that does
-// only this looks to the compiler as if it did nothing.
+// memory one by one. Inlined, as `fetch` is.
 template <class At>
 __attribute__((always_inline)) inline void fetch_ahead(Index s, Index j, Index rows, Index steps,
                                                        Index columns, const At& at) {
@@ -258,9 +254,7 @@ __attribute__((always_inline)) inline void fetch_ahead(Index s, Index j, Index r
   j += 1 + bytes_ahead / (columns * size);
   if (j >= rows * (steps - s)) return;
   for (; j >= rows; j -= rows) ++s;
-  const auto* const from = at(s, j);
-  for (Index i = 0; i < columns; i += 64 / size) __builtin_prefetch(from + i);
-  __builtin_prefetch(from + columns - 1);
+  fetch(at(s, j), columns);
 }
 
 template <class S>
@@ -727,8 +721,10 @@ struct Session<E>::Data {
   // Whose row j of the part is in a sequence of the session's, or, as outside() gave it, the
   // caller's.
   enum class Whose { own, callers };
+  // Whether its rows lie at more than one stride.
+  static bool uneven(const Walk& w, Whose whose) { return whose == Whose::callers && !w.part.even; }
   Index row_in(const Walk& w, Whose whose, Index j) const {
-    return whose == Whose::own || w.part.even ? j : lengths.row(w.part.rank(j));
+    return uneven(w, whose) ? lengths.row(w.part.rank(j)) : j;
   }
 
   // Steps [from, n) of a chunk, in the order of direction d, copied to rows that follow each other.
@@ -737,11 +733,10 @@ struct Session<E>::Data {
                              const Sequence<const T>& all, Index d, Index from, Index columns,
                              S* to) const {
     const Sequence<const T> own = directed(all, c.steps(), d);
-    const bool uneven = whose == Whose::callers && !w.part.even;
     const auto at = [&](Index s, Index j) { return own.at(from + s, row_in(w, whose, j)); };
     each(w.team, c.steps() - from, [&](Index s) {
       for (Index j = 0; j < c.rows; ++j) {
-        if (uneven) fetch_ahead(s, j, c.rows, c.steps() - from, columns, at);
+        if (uneven(w, whose)) fetch_ahead(s, j, c.rows, c.steps() - from, columns, at);
         copy_values(at(s, j), columns, to + (s * c.rows + j) * columns);
       }
     });
@@ -752,11 +747,10 @@ struct Session<E>::Data {
   void scatter(const Walk& w, const Chunk& c, Whose whose, const Sequence<S>& from, Index d,
                Index columns, Index first, const Sequence<T>& all) const {
     const Sequence<T> to = directed(all, c.steps(), d);
-    const bool uneven = whose == Whose::callers && !w.part.even;
     const auto at = [&](Index s, Index j) { return to.at(s, row_in(w, whose, j)) + first; };
     each(w.team, c.steps(), [&](Index s) {
       for (Index j = 0; j < c.rows; ++j) {
-        if (uneven) fetch_ahead(s, j, c.rows, c.steps(), columns, at);
+        if (uneven(w, whose)) fetch_ahead(s, j, c.rows, c.steps(), columns, at);
         copy_values(from.at(s, j), columns, at(s, j));
       }
     });
@@ -767,7 +761,7 @@ struct Session<E>::Data {
                                          const Sequence<const T>& all, Index d, Index from,
                                          Index columns, S* to) const {
     if constexpr (std::is_same_v<T, S>) {
-      if (!all.data || whose == Whose::own || w.part.even) return directed(all, c.steps(), d);
+      if (!all.data || !uneven(w, whose)) return directed(all, c.steps(), d);
     }
     return gathered(w, c, whose, all, d, from, columns, to);
   }
@@ -1009,12 +1003,14 @@ struct Session<E>::Data {
         const bool even = w.part.even, top = l == L - 1;
         const Index t_begin = d == 0 ? c.t0 : c.t1;
         const Index block_begin = d == 0 ? c.block->t0 : c.block->t1;
-        // The columns of direction d, as the kernel takes them.
+        // The columns of direction d, and these as the kernel takes them.
+        const auto columns_of = [&](auto all, Index columns) {
+          if (all.data) all.data += d * columns;
+          return all;
+        };
         const auto own_columns = [&](const auto& all, Whose whose, Index from, Index columns,
                                      S* to) {
-          auto own = all;
-          if (own.data) own.data += d * columns;
-          return in_place_or_gathered(w, c, whose, own, d, from, columns, to);
+          return in_place_or_gathered(w, c, whose, columns_of(all, columns), d, from, columns, to);
         };
         ReverseJob<S> job{};
         job.shape = shape.layer(k);
@@ -1034,9 +1030,7 @@ struct Session<E>::Data {
         const Sequence<const S> grad_y = top ? outside(w, c, grad.grad_y) : read_only(middle(l, c));
         job.y = own_columns(y, whose, job.first ? 0 : -1, R, memory.arena.at(memory.y[p]));
         const Index* const places = even ? nullptr : &marks.rows[w.part.begin];
-        Sequence<const S> own_grad_y = grad_y;
-        if (own_grad_y.data) own_grad_y.data += d * R;
-        job.grad_y = {directed(own_grad_y, n, d), top ? places : nullptr};
+        job.grad_y = {directed(columns_of(grad_y, R), n, d), top ? places : nullptr};
         job.tape = kernel_tape(w, c, layout, grad.tape, k, d);
         const Index columns = shape.layer(k).input_size;
         const PlacedSequence<S> wanted{l == 0 ? outside(w, c, grad.grad_x) : middle(l - 1, c),
