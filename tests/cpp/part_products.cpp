@@ -33,25 +33,31 @@ Errors errors_of_one(Random& random, const PartProducts& products, int parts, bo
   const Index rows = random.between(1, 70), runs = random.between(1, 3);
   const int packets = static_cast<int>(random.between(1, 4));
   const Index K = (random.between(1, 150) + products.depth - 1) / products.depth * products.depth;
-  const Index n = packets * 16, a_row = K + random.between(0, 3) * 2, row_room = rows + 16;
-  const Index a_run = row_room * a_row, a_part = runs * a_run;
-  const Index panel_row = 2 * n + 32 * random.between(0, 1), panel_run = K / 2 * panel_row,
-              panel_part = runs * panel_run, sums_row = n + random.between(0, 20);
+  const Index n = packets * 16, tiles = (K + part_depth - 1) / part_depth;
+  const Index a_row = std::min(K, part_depth), row_tiles = (rows + part_rows - 1) / part_rows;
+  const Index a_rows = tiles * parts * part_rows * a_row + 32 * random.between(0, 2),
+              a_run = row_tiles * a_rows;
+  const Index panel_packet = tiles * parts * part_tile + 32 * random.between(0, 2),
+              panel_run = packets * panel_packet, sums_row = n + random.between(0, 20);
+  const bool starts = random.between(0, 1) == 1;
   const double scale_a = std::pow(10.0, random.between(-12, 12)),
                scale_b = std::pow(10.0, random.between(-12, 12));
-  std::vector<float> a(runs * rows * K), b(runs * K * n), sums(rows * sums_row), start;
+  std::vector<float> a(runs * rows * K), b(runs * K * n), sums(rows * sums_row), bias(n), start;
   for (float& v : a) v = float(scale_a * random.normal());
   for (float& v : b) v = float(scale_b * random.normal());
   for (float& v : sums) v = float(scale_a * scale_b * random.normal());
+  for (float& v : bias) v = float(scale_a * scale_b * random.normal());
   start = sums;
-  std::vector<Bfloat16> a_parts(most_parts * a_part), panel(most_parts * panel_part);
+  std::vector<Bfloat16> a_parts(runs * a_run), panel(runs * panel_run);
   for (Index run = 0; run < runs; ++run) {
     for (Index k = 0; k < K; ++k) {
       for (Index r = 0; r < rows; ++r) {
         float left = a[(run * rows + r) * K + k];
         for (int i = 0; i < parts; ++i) {
           const Bfloat16 part = rounded(left);
-          a_parts[i * a_part + run * a_run + r * a_row + k] = part;
+          a_parts[run * a_run + r / part_rows * a_rows +
+                  (k / part_depth * parts + i) * part_rows * a_row + r % part_rows * a_row +
+                  k % part_depth] = part;
           left -= widened(part);
         }
       }
@@ -59,15 +65,17 @@ Errors errors_of_one(Random& random, const PartProducts& products, int parts, bo
         float left = b[(run * K + k) * n + j];
         for (int i = 0; i < parts; ++i) {
           const Bfloat16 part = rounded(left);
-          panel[i * panel_part + run * panel_run + k / 2 * panel_row + 2 * j + k % 2] = part;
+          panel[run * panel_run + j / 16 * panel_packet + (k / part_depth * parts + i) * part_tile +
+                k % part_depth / 2 * 32 + j % 16 * 2 + k % 2] = part;
           left -= widened(part);
         }
       }
     }
   }
   products.begin();
-  products.multiply({parts, rows, packets, K, runs, a_parts.data(), a_part, a_run, a_row,
-                     panel.data(), panel_part, panel_run, panel_row, sums.data(), sums_row});
+  products.multiply({parts, rows, packets, K, runs, a_parts.data(), a_run, a_rows, a_row,
+                     panel.data(), panel_run, panel_packet, sums.data(), sums_row,
+                     starts ? bias.data() : nullptr});
   products.end();
   Errors errors;
   for (Index r = 0; r < rows; ++r) {
@@ -78,8 +86,8 @@ Errors errors_of_one(Random& random, const PartProducts& products, int parts, bo
         wrong |= actual != first;
         continue;
       }
-      double exact = first, size = std::abs(exact);
-      float plain = first;
+      float plain = starts ? bias[j] : first;
+      double exact = plain, size = std::abs(exact);
       for (Index run = 0; run < runs; ++run) {
         for (Index k = 0; k < K; ++k) {
           const float x = a[(run * rows + r) * K + k], w = b[(run * K + k) * n + j];

@@ -3,7 +3,7 @@
 // has few rows.
 //
 //   packed   W_ih and W_hh as PartPanels, with the panels of `Panels`
-//   scratch  parts of x [steps * B][I] and the Span of each step; parts of h' [B][R], by thread
+//   scratch  tiles of x [steps][B][I] and the Span of each step; of h' [B][R], by thread
 #pragma once
 #include "cells/normalised.h"
 #include "kernels/panels.h"
@@ -26,7 +26,7 @@ class ForwardParts {
   void begin_step(const Sequence<const S>&) {}
   bool x_fits(Index) const { return false; }
   bool h_fits() const { return false; }
-  void multiply_x(Index, Index, S*, Index) const {}
+  void multiply_x(Index, Index, S*, Index, const S*) const {}
   void multiply_h(Index, S*, Index) const {}
 };
 
@@ -78,7 +78,7 @@ class ForwardParts<S, Cell, true> {
     job_.products->begin();
     for (Index t = job_.team.begin(job_.steps); t < job_.team.end(job_.steps); ++t) {
       spans_[t] =
-          split(job_.x.from(t), panels_.I, x_ + t * job_.batch * x_row(), x_part(),
+          split(job_.x.from(t), panels_.I, x_ + t * x_step(),
                 job_.options.mask.data ? job_.options.mask.from(t) : Sequence<const bool>{});
     }
     job_.team.wait();
@@ -88,19 +88,19 @@ class ForwardParts<S, Cell, true> {
   }
   // h' of the step that follows, as its products see it.
   void begin_step(const Sequence<const S>& h) {
-    if (used()) h_span_ = split(h, panels_.R, h_, h_part(), {});
+    if (used()) h_span_ = split(h, panels_.R, h_, {});
   }
 
   bool x_fits(Index t) const { return used() && fit(spans_[t], PartPanels::span(packed_)); }
   bool h_fits() const { return used() && fit(h_span_, PartPanels::span(packed_h())); }
 
-  // Panel j of the sums, [B] rows of `width`.
-  void multiply_x(Index t, Index j, S* sums, Index width) const {
-    w_ih_.multiply(*job_.products, job_.batch, x_ + t * job_.batch * x_row(), x_row(), x_part(),
-                   packed_, j, panels_.packets(j, x_range<Cell>), sums, width);
+  // Panel j of the sums, [B] rows of `width`, from the bias on, or from what they are.
+  void multiply_x(Index t, Index j, S* sums, Index width, const S* bias) const {
+    w_ih_.multiply(*job_.products, job_.batch, x_ + t * x_step(), rows(panels_.I), packed_, j,
+                   panels_.packets(j, x_range<Cell>), sums, width, bias);
   }
   void multiply_h(Index j, S* sums, Index width) const {
-    w_hh_.multiply(*job_.products, job_.batch, h_, h_row(), h_part(), packed_h(), j,
+    w_hh_.multiply(*job_.products, job_.batch, h_, rows(panels_.R), packed_h(), j,
                    panels_.packets(j, h_range<Cell>), sums, width);
   }
 
@@ -115,37 +115,41 @@ class ForwardParts<S, Cell, true> {
     const Panels<S, Cell> panels(s);
     return {panels.R, Cell::h_count, panels.count(), s.options.parts};
   }
-  // Values of a part of so many rows.
-  static Index rows_size(Index rows, Index columns) {
-    return (rows + part_rows) * PartPanels::room(columns);
+  // Values of the parts of a step's rows.
+  static Index step_size(Index batch, Index columns, int parts) {
+    return padded(batch, part_rows) * PartPanels::room(columns) * parts;
   }
   static Index x_size(const LayerShape& s, Index steps, Index batch) {
-    return floats_of(s.options.parts * rows_size(steps * batch, s.input_size));
+    return floats_of(steps * step_size(batch, s.input_size, s.options.parts));
   }
   static Index h_size(const LayerShape& s, Index batch) {
-    return floats_of(s.options.parts * rows_size(batch, s.output_size()));
+    return floats_of(step_size(batch, s.output_size(), s.options.parts));
   }
   static Index spans_size(Index steps) {
     return padded(steps * Index(sizeof(Span) / sizeof(S)), 16);
   }
 
   int parts() const { return job_.shape.options.parts; }
-  Index x_row() const { return PartPanels::room(panels_.I); }
-  Index h_row() const { return PartPanels::room(panels_.R); }
-  Index x_part() const { return rows_size(job_.steps * job_.batch, panels_.I); }
-  Index h_part() const { return rows_size(job_.batch, panels_.R); }
+  Index x_step() const { return step_size(job_.batch, panels_.I, parts()); }
+  // From 16 rows to the next.
+  Index rows(Index columns) const { return part_rows * PartPanels::room(columns) * parts(); }
   const S* packed_h() const { return packed_ + w_ih_.size(); }
 
   // A step's rows. Those that are missing may hold anything, which is not to decide for the others:
   // they are zeros, as on the way back.
-  Span split(const Sequence<const S>& rows, Index columns, Bfloat16* to, Index step,
+  Span split(const Sequence<const S>& from, Index columns, Bfloat16* to,
              const Sequence<const bool>& there) const {
-    const Index room = PartPanels::room(columns);
+    alignas(64) static constexpr S zeros[part_depth] = {};
     Span span;
     for (Index b = 0; b < job_.batch; ++b) {
-      const bool missing = there.data && !*there.at(0, b);
-      const Index n = missing ? 0 : columns;
-      span.add(split_row(rows.at(0, b), n, room, parts(), to + b * room, step));
+      Bfloat16* const row = to + b / part_rows * rows(columns) + b % part_rows * part_depth;
+      if (there.data && !*there.at(0, b)) {
+        for (Index k = 0; k < columns; k += part_depth) {
+          split_row(zeros, part_depth, parts(), row + k * part_rows * parts());
+        }
+      } else {
+        span.add(split_row(from.at(0, b), columns, parts(), row));
+      }
     }
     return span;
   }

@@ -195,9 +195,11 @@ class ForwardLayer {
   void multiply_x_ahead(Index j) {
     const Index rows = job_.steps * job_.batch, I = panels_.I,
                 Q = panels_.packets(j, x_range<Cell>);
-    fill(ahead(j, 0), rows, j);
-    for (Index t = 0; parts_.used() && t < job_.steps; ++t) add_x(t, j, ahead(j, t * job_.batch));
+    for (Index t = 0; parts_.used() && t < job_.steps; ++t) {
+      start_with_x(t, j, ahead(j, t * job_.batch));
+    }
     if (parts_.used()) return;
+    fill(ahead(j, 0), rows, j);
     const Index passes = ceil_div(I, columns_at_once());
     for (Index i = 0; i < passes; ++i) {
       const Index begin = I * i / passes, end = I * (i + 1) / passes;
@@ -339,10 +341,7 @@ class ForwardLayer {
   void step_panel_in_parts(Index t, Index j) {
     const Index B = job_.batch;
     S* const sums = ahead_ ? ahead(j, t * B) : sums_;
-    if (!ahead_) {
-      fill(sums, B, j);
-      add_x(t, j, sums);
-    }
+    if (!ahead_) start_with_x(t, j, sums);
     if (parts_.h_fits()) {
       parts_.multiply_h(j, sums + Cell::h_first * p, width);
     } else {
@@ -350,9 +349,13 @@ class ForwardLayer {
     }
     for (Index b = 0; b < B; ++b) finish_apart(t, j, b, sums + b * width);
   }
-  void add_x(Index t, Index j, S* sums) const {
-    if (parts_.x_fits(t)) {
-      parts_.multiply_x(t, j, sums + Cell::x_first * p, width);
+  void start_with_x(Index t, Index j, S* sums) const {
+    const bool in_parts = parts_.x_fits(t);
+    // What the product of x does not start is of the recurrent one alone.
+    if (!in_parts || Cell::x_count < packets) fill(sums, job_.batch, j);
+    if (in_parts) {
+      parts_.multiply_x(t, j, sums + Cell::x_first * p, width,
+                        panels_.bias(job_.packed, j) + Cell::x_first * p);
     } else {
       add_rows(job_.x.from(t), x_range<Cell>, j, panels_.I, panels_.x(job_.packed, j), sums);
     }

@@ -1,7 +1,6 @@
 // Packed weights as parts, made from packed float32 panels, whose rows may come in another order.
 //
-//   Span of the weights of each output; then for each panel its parts, one behind the other, in
-//   pairs of rows [K / 2][packets][16][2]
+//   Span of the weights of each output; then for each panel and packet its tiles
 #pragma once
 #include "kernels/parts.h"
 
@@ -17,21 +16,24 @@ class PartPanels {
       : K_(K), packets_(packets), panels_(panels), parts_(parts) {}
 
   // Elements of float32 memory.
-  Index size() const { return header + floats_of(panels_ * parts_ * part()); }
+  Index size() const { return header + floats_of(panels_ * packets_ * packet()); }
 
-  // row(j, k): the Q(j) packets of row k of panel j.
+  // row(j, k): the Q(j) packets of row k of panel j, or null for zeros.
   template <class Packets, class Row>
   void pack(float* to, Packets&& packets, Row&& row) const {
     Span span;
     for (Index j = 0; j < panels_; ++j) {
-      const Index Q = packets(j);
-      const auto row_of_panel = [&](Index k) { return k < K_ ? row(j, k) : nullptr; };
-      split_pairs(room(K_), Q * 16, parts_, parts_of(to) + j * parts_ * part(), pair(), part(),
-                  row_of_panel);
-      for (Index q = 0; q < Q; ++q) {
+      for (Index q = 0; q < packets(j); ++q) {
         Largest largest;
-        for (Index k = 0; k < K_; ++k) largest.add(row(j, k) + q * 16);
-        for (const std::uint32_t most : largest.lane) span.add(most);
+        split_pairs(room(K_), parts_, parts_of(to) + (j * packets_ + q) * packet(), [&](Index k) {
+          const float* const from = k < K_ ? row(j, k) : nullptr;
+          if (!from) return from;
+          largest.add(_mm512_loadu_ps(from + q * 16));
+          return from + q * 16;
+        });
+        alignas(64) std::uint32_t lanes[16];
+        _mm512_store_si512(lanes, largest.lanes);
+        for (const std::uint32_t most : lanes) span.add(most);
       }
     }
     std::memcpy(to, &span, sizeof(span));
@@ -43,15 +45,15 @@ class PartPanels {
   }
 
   // Values of a row of a.
-  static Index room(Index K) { return padded(K, most_part_depth); }
+  static Index room(Index K) { return padded(K, part_depth); }
 
-  // sums += a times panel j, of Q packets.
-  void multiply(const PartProducts& products, Index rows, const Bfloat16* a, Index a_row,
-                Index a_part, const float* packed, Index j, Index Q, float* sums,
-                Index sums_row) const {
-    products.multiply({parts_, rows, static_cast<int>(Q), padded(K_, products.depth), 1, a, a_part,
-                       0, a_row, parts_of(packed) + j * parts_ * part(), part(), 0, pair(), sums,
-                       sums_row});
+  // sums = start, or sums if that is null, plus a times panel j, of Q packets.
+  void multiply(const PartProducts& products, Index rows, const Bfloat16* a, Index a_rows,
+                const float* packed, Index j, Index Q, float* sums, Index sums_row,
+                const float* start = nullptr) const {
+    products.multiply({parts_, rows, static_cast<int>(Q), padded(K_, products.depth), 1, a, 0,
+                       a_rows, part_depth, parts_of(packed) + j * packets_ * packet(), 0, packet(),
+                       sums, sums_row, start});
   }
 
  private:
@@ -60,8 +62,8 @@ class PartPanels {
   static const Bfloat16* parts_of(const float* data) {
     return reinterpret_cast<const Bfloat16*>(data + header);
   }
-  Index pair() const { return packets_ * 32; }
-  Index part() const { return room(K_) / 2 * pair(); }
+  // Values of the parts of a packet.
+  Index packet() const { return room(K_) * 16 * parts_; }
 
   Index K_;
   Index packets_;

@@ -16,11 +16,20 @@ namespace fastbptt {
 
 constexpr int most_parts = 3;
 
-// sums[r][n] += the sum over runs and k < K of a(r, k) * panel(k, n), for r < rows and
-// n < packets * 16.
-//   a      value (r, k) of part i is a[i * a_part + run * a_run + r * a_row + k]
-//   panel  k and k + 1 stand side by side: panel[i * panel_part + run * panel_run + k / 2 *
-//          panel_row + n * 2 + k % 2]
+// What is multiplied lies in tiles, one behind the other, each as the instructions read it:
+//   of a       16 rows of 32 values of k
+//   of panels  16 pairs of k, k and k + 1 side by side, of the 16 values of a packet
+constexpr Index part_rows = 16;
+constexpr Index part_depth = 32;
+constexpr Index part_tile = part_rows * part_depth;
+
+// sums[r][n] = start[n], or sums[r][n] where that is null, plus the sum over runs and k < K of
+// a(r, k) * panel(k, n), for r < rows and n < packets * 16.
+//   a      value (r, k) of part i is a[run * a_run + r / 16 * a_rows +
+//          (k / 32 * parts + i) * 16 * a_row + r % 16 * a_row + k % 32]; a_row is 32, or K where
+//          that is less
+//   panel  and value (k, n) panel[run * panel_run + n / 16 * panel_packet +
+//          (k / 32 * parts + i) * 512 + k % 32 / 2 * 32 + n % 16 * 2 + k % 2]
 // K is a multiple of the table's depth, with zeros where there is nothing. Rows of a up to the next
 // multiple of 16 may be read.
 // The order of each sum depends on none of the sizes but K, and where the runs end is no part of
@@ -32,15 +41,15 @@ struct PartsProduct {
   Index K;
   Index runs;
   const Bfloat16* a;
-  Index a_part;
   Index a_run;
+  Index a_rows;
   Index a_row;
   const Bfloat16* panel;
-  Index panel_part;
   Index panel_run;
-  Index panel_row;
+  Index panel_packet;
   float* sums;
   Index sums_row;
+  const float* start;
 };
 
 struct PartProducts {

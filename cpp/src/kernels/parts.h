@@ -1,15 +1,20 @@
-// float32 values split into the bfloat16 parts of part_products.h, in the layouts of its products:
-// rows of one part behind the other, or pairs of rows side by side.
+// float32 values split into the bfloat16 parts of part_products.h, in the tiles of its products:
+// rows, or pairs of rows side by side.
 //
 // A sum of such products is as accurate as one of float32 where the products of small parts neither
 // vanish nor overflow. That is decided by the largest magnitude of a row: where it is infinite,
 // NaN, or its product with that of the weights far from one, the caller takes float32 vectors
 // instead, for all rows of the step, so that the decision does not depend on where time is cut.
 #pragma once
+#include <cstdint>
 #include <cstring>
 #include <type_traits>
 
-#include "kernels/bfloat16.h"
+#ifdef EIGEN_VECTORIZE_AVX512
+#include <immintrin.h>
+#endif
+
+#include "kernels/packet.h"
 #include "kernels/part_products.h"
 
 namespace fastbptt {
@@ -21,22 +26,13 @@ constexpr bool has_parts = std::is_same_v<S, float> && lanes<S> == 16;
 
 #ifdef EIGEN_VECTORIZE_AVX512
 
-constexpr Index most_part_depth = 32;  // a multiple of that of every table
-constexpr Index part_rows = 16;        // rows of a that may be read together
-
 FASTBPTT_INLINE Index padded(Index n, Index multiple) { return ceil_div(n, multiple) * multiple; }
 
 // Elements of float32 memory that hold so many parts, in whole cache lines.
 FASTBPTT_INLINE Index floats_of(Index parts) { return ceil_div(parts, 32) * 16; }
 
-// Magnitudes as bits, which are ordered as they are; infinity and NaN lie above all others.
-FASTBPTT_INLINE std::uint32_t magnitude(float value) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  return bits & 0x7fffffffu;
-}
-
-// Of the largest magnitudes of some rows, the least that is not zero, and the largest.
+// Of the largest magnitudes of some rows, the least that is not zero, and the largest. Magnitudes
+// are bits, which are ordered as they are; infinity and NaN lie above all others.
 struct Span {
   std::uint32_t least = 0x7fffffffu;
   std::uint32_t most = 0;
@@ -68,127 +64,138 @@ FASTBPTT_INLINE bool fit(const Span& a, const Span& b) {
          most_a + most_b <= most;
 }
 
-// The largest magnitude of 16 lanes.
+// The largest magnitude of each of 16 lanes.
 struct Largest {
-  alignas(64) std::uint32_t lane[16] = {};
-  FASTBPTT_INLINE void add(const float* values) {
-    for (int i = 0; i < 16; ++i) {
-      const std::uint32_t bits = magnitude(values[i]);
-      lane[i] = bits > lane[i] ? bits : lane[i];
-    }
+  __m512i lanes = _mm512_setzero_si512();
+  FASTBPTT_INLINE void add(const __m512& values) {
+    const __m512i bits = _mm512_castps_si512(_mm512_abs_ps(values));
+    lanes = _mm512_max_epu32(lanes, bits);
   }
-  FASTBPTT_INLINE std::uint32_t all() const {
-    std::uint32_t most = 0;
-    for (int i = 0; i < 16; ++i) most = lane[i] > most ? lane[i] : most;
-    return most;
+  FASTBPTT_INLINE std::uint32_t all() const { return _mm512_reduce_max_epu32(lanes); }
+};
+
+// 32 values in a row, or 16 of two rows, of which one part after the other is taken. A part is the
+// nearest number, of two as near the one farther from zero. What is not finite makes parts that
+// nobody uses.
+struct Split {
+  __m512 low, high;
+
+  FASTBPTT_INLINE static __m512i rounded(const __m512& values) {
+    return _mm512_add_epi32(_mm512_castps_si512(values), _mm512_set1_epi32(0x8000));
+  }
+  FASTBPTT_INLINE static __m512i upper_half() {
+    return _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  }
+  FASTBPTT_INLINE static __m512 left(const __m512& values, const __m512i& part) {
+    return _mm512_sub_ps(values, _mm512_castsi512_ps(_mm512_and_si512(part, upper_half())));
+  }
+
+  // The upper halves of all lanes of low, then of high.
+  FASTBPTT_INLINE static __m512i in_a_row(const __m512i& low, const __m512i& high) {
+    const __m512i odd = _mm512_set_epi32(0x3f003d, 0x3b0039, 0x370035, 0x330031, 0x2f002d, 0x2b0029,
+                                         0x270025, 0x230021, 0x1f001d, 0x1b0019, 0x170015, 0x130011,
+                                         0x0f000d, 0x0b0009, 0x070005, 0x030001);
+    return _mm512_permutex2var_epi16(low, odd, high);
+  }
+  // Those of low and high in turn.
+  FASTBPTT_INLINE static __m512i in_pairs(const __m512i& low, const __m512i& high) {
+    return _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(low, 16), high);
+  }
+
+  // write(part, rounded low, rounded high)
+  template <class Write>
+  FASTBPTT_INLINE void take(int parts, Write&& write) {
+    for (int part = 0;;) {
+      const __m512i first = rounded(low), second = rounded(high);
+      write(part, first, second);
+      if (++part == parts) return;
+      low = left(low, first);
+      high = left(high, second);
+    }
   }
 };
 
-// The next part of each of 16 values, to nearest even; the values become what it leaves. What is
-// not finite makes parts that nobody uses.
-FASTBPTT_INLINE void take_part(float* values, std::uint32_t* part) {
-  for (int i = 0; i < 16; ++i) {
-    std::uint32_t bits;
-    std::memcpy(&bits, values + i, sizeof(bits));
-    bits = rounded_in_upper_half(bits) & 0xffff0000u;
-    float rounded;
-    std::memcpy(&rounded, &bits, sizeof(bits));
-    values[i] -= rounded;
-    part[i] = bits;
-  }
+// The first n of up to 16 values, and zeros.
+FASTBPTT_INLINE __m512 load16(const float* from, Index n) {
+  return n >= 16 ? _mm512_loadu_ps(from) : n <= 0 ? _mm512_setzero_ps() : __m512(load(from, n));
 }
 
-// 16 values, which are lost, as parts that are `step` apart.
-FASTBPTT_INLINE void split(float* values, int parts, Bfloat16* to, Index step) {
-  for (int part = 0; part < parts; ++part, to += step) {
-    alignas(64) std::uint32_t bits[16];
-    take_part(values, bits);
-    for (int i = 0; i < 16; ++i) to[i].bits = static_cast<std::uint16_t>(bits[i] >> 16);
-  }
+// 32 values as a row of a tile.
+FASTBPTT_INLINE void split_line(const __m512& low, const __m512& high, int parts, Bfloat16* to) {
+  Split{low, high}.take(parts, [&](int part, const __m512i& first, const __m512i& second) {
+    _mm512_storeu_si512(to + part * part_tile, Split::in_a_row(first, second));
+  });
 }
 
-// 16 values of two rows as parts side by side.
-FASTBPTT_INLINE void split_pair(float* even, float* odd, int parts, Bfloat16* to, Index step) {
-  for (int part = 0; part < parts; ++part, to += step) {
-    alignas(64) std::uint32_t low[16], high[16];
-    take_part(even, low);
-    take_part(odd, high);
-    for (int i = 0; i < 16; ++i) low[i] = low[i] >> 16 | high[i];
-    std::memcpy(to, low, sizeof(low));
-  }
+// 16 values of two rows as a pair of a panel's tile.
+FASTBPTT_INLINE void split_pair(const __m512& even, const __m512& odd, int parts, Bfloat16* to) {
+  Split{even, odd}.take(parts, [&](int part, const __m512i& first, const __m512i& second) {
+    _mm512_storeu_si512(to + part * part_tile, Split::in_pairs(first, second));
+  });
 }
 
-// The first n of up to 16 values; zeros behind them, or all where there is no row.
-FASTBPTT_INLINE void copy16(const float* from, Index n, float* to) {
-  store(to, from ? load(from, n) : constant<float>(0));
-}
-
-// A row of n values as rows of parts, padded with zeros to `room`, a multiple of 16. Returns its
-// largest magnitude.
-inline __attribute__((noinline)) std::uint32_t split_row(const float* from, Index n, Index room,
-                                                         int parts, Bfloat16* to, Index step) {
+// A row of n values in tiles, with zeros behind them. Returns its largest magnitude.
+inline __attribute__((noinline)) std::uint32_t split_row(const float* from, Index n, int parts,
+                                                         Bfloat16* to) {
   Largest largest;
-  alignas(64) float values[16];
-  for (Index i = 0; i < room; i += 16) {
-    copy16(i < n ? from + i : nullptr, i + 16 <= n ? 16 : n - i, values);
-    largest.add(values);
-    split(values, parts, to + i, step);
+  for (Index k = 0; k < n; k += part_depth, to += parts * part_tile) {
+    const __m512 low = load16(from + k, n - k), high = load16(from + k + 16, n - k - 16);
+    largest.add(low);
+    largest.add(high);
+    split_line(low, high, parts, to);
   }
   return largest.all();
 }
 
-// Rows two by two, n values each, a multiple of 16; row(k) is null where there is none. Pair k / 2
-// lies at to + k / 2 * pair.
+// A packet of rows two by two, for k below `room`; row(k) is null where there is none.
 template <class Row>
-FASTBPTT_INLINE void split_pairs(Index rows, Index n, int parts, Bfloat16* to, Index pair,
-                                 Index step, Row&& row) {
-  alignas(64) float even[16], odd[16];
-  for (Index k = 0; k < rows; k += 2, to += pair) {
-    const float* const first = row(k);
-    const float* const second = k + 1 < rows ? row(k + 1) : nullptr;
-    for (Index i = 0; i < n; i += 16) {
-      copy16(first ? first + i : nullptr, 16, even);
-      copy16(second ? second + i : nullptr, 16, odd);
-      split_pair(even, odd, parts, to + 2 * i, step);
-    }
+FASTBPTT_INLINE void split_pairs(Index room, int parts, Bfloat16* to, Row&& row) {
+  const auto values = [&](Index k) {
+    const float* const from = row(k);
+    return from ? _mm512_loadu_ps(from) : _mm512_setzero_ps();
+  };
+  for (Index k = 0; k < room; k += 2) {
+    split_pair(values(k), values(k + 1), parts,
+               to + k / part_depth * parts * part_tile + k % part_depth * part_rows);
   }
 }
 
-// The transpose of `rows` rows of n values: value (k, i) goes to to[i * column + k], for k below
-// `room`, zeros where there is no row. Returns what the rows span.
+// The transpose of `rows` rows of n values, as tiles whose rows are `width` values of k, for k
+// below `room`, a multiple of it; zeros where there is no row. 16 of the n are `step` behind the 16
+// before. Returns what the rows span.
 template <class Row>
-FASTBPTT_INLINE Span split_transposed(Index rows, Index room, Index n, int parts, Bfloat16* to,
-                                      Index column, Index step, Row&& row) {
+FASTBPTT_INLINE Span split_transposed(Index rows, Index room, Index width, Index n, int parts,
+                                      Bfloat16* to, Index step, Row&& row) {
   using Block = Eigen::internal::PacketBlock<Packet<float>, 16>;
+  const auto first = static_cast<__mmask32>(0xffffffffu >> (part_depth - width));
   Span span;
-  for (Index k = 0; k < room; k += 16) {
-    Largest largest[16];
+  for (Index k = 0; k < room; k += width, to += parts * part_rows * width) {
+    Largest largest[part_depth];
     for (Index i = 0; i < n; i += 16) {
-      const Index valid = n - i < 16 ? n - i : 16;
-      Block block;
-      alignas(64) float values[16];
-      for (Index r = 0; r < 16; ++r) {
-        const float* const from = k + r < rows ? row(k + r) : nullptr;
-        copy16(from ? from + i : nullptr, valid, values);
-        largest[r].add(values);
-        block.packet[r] = load(values);
+      __m512 values[part_depth];
+      for (Index r = 0; r < part_depth; ++r) {
+        const bool there = r < width && k + r < rows;
+        values[r] = there ? load16(row(k + r) + i, n - i) : _mm512_setzero_ps();
+        largest[r].add(values[r]);
       }
-      Eigen::internal::ptranspose(block);
-      for (Index r = 0; r < valid; ++r) {
-        store(values, block.packet[r]);
-        Bfloat16* const at = to + (i + r) * column + k;
-        if (k + 16 <= room) {
-          split(values, parts, at, step);
-          continue;
+      for (int part = 0; part < parts; ++part) {
+        Block block;
+        for (Index pair = 0; pair < 16; ++pair) {
+          __m512 &even = values[2 * pair], &odd = values[2 * pair + 1];
+          const __m512i low = Split::rounded(even), high = Split::rounded(odd);
+          block.packet[pair] = _mm512_castsi512_ps(Split::in_pairs(low, high));
+          even = Split::left(even, low);
+          odd = Split::left(odd, high);
         }
-        Bfloat16 whole[most_parts * 16];
-        split(values, parts, whole, 16);
-        for (int part = 0; part < parts; ++part) {
-          std::memcpy(at + part * step, whole + part * 16, (room - k) * sizeof(Bfloat16));
+        Eigen::internal::ptranspose(block);
+        Bfloat16* const tile = to + i / 16 * step + part * part_rows * width;
+        for (Index column = 0; column < 16; ++column) {
+          _mm512_mask_storeu_epi16(tile + column * width, first,
+                                   _mm512_castps_si512(block.packet[column]));
         }
       }
     }
-    for (Index r = 0; k + r < rows && r < 16; ++r) span.add(largest[r].all());
+    for (Index r = 0; r < width && k + r < rows; ++r) span.add(largest[r].all());
   }
   return span;
 }

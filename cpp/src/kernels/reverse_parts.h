@@ -5,11 +5,10 @@
 //
 //   packed   W_hh and W_ih as PartPanels, with the reverse panels of `Panels`, but the gate
 //            gradients in the order packet of the panel, unit, so that those of a range of packets
-//            follow each other
-//   scratch  gate gradients [steps * B][packets * units] and the Span of each step and panel of
-//            units; x^T [I][steps * B] and h'^T [R][steps * B], with the rows of a step padded, and
-//            the Span of each step; for each thread of a team, a panel of gate gradients
-//            [steps * B / 2][packets][p][2] and its Spans
+//            follow each other, in tiles of their own
+//   scratch  tiles of the gate gradients [steps][B][packets * units] and the Span of each step and
+//            panel of units; of x^T [I][steps][B] and h'^T [R][steps][B], and the Span of each
+//            step; for each thread of a team, of a panel of gate gradients [packets][steps][B]
 #pragma once
 #include "cells/normalised.h"
 #include "kernels/panels.h"
@@ -110,29 +109,24 @@ class ReverseParts<S, Cell, true> {
     const Index B = job_.batch, count = unit_panels(panels_), blocks = panels_.blocks();
     for (Index u = job_.team.begin(count); u < job_.team.end(count); ++u) {
       Span span;
-      for (Index row = t * B; row < (t + 1) * B; ++row) {
-        Bfloat16* const to = grads_ + row * this->row(panels_);
+      for (Index b = 0; b < B; ++b) {
+        Bfloat16* const to =
+            grads_ + t * step() + b / part_rows * rows() + b % part_rows * part_depth;
         Largest largest;
-        const auto split_packet = [&](const S* from, Index at) {
-          alignas(64) S values[p];
-          copy16(from, p, values);
+        const auto packet = [&](Index q, Index block) {
+          if (block >= blocks) return _mm512_setzero_ps();
+          const __m512 values = Cell::wide ? _mm512_loadu_ps(grads(u, t * B + b) + block % 4 * p)
+                                           : _mm512_loadu_ps(grads(block, t * B + b) + q * p);
           largest.add(values);
-          split(values, parts(), to + at, grads_part());
+          return values;
         };
-        for (Index block = 4 * u; block < 4 * u + 4 && block < blocks; ++block) {
-          if constexpr (Cell::wide) {
-            split_packet(grads(u, row) + block % 4 * p, block * p);
-          } else {
-            for (Index q = 0; q < Cell::packets; ++q) {
-              split_packet(grads(block, row) + q * p, (q * blocks + block) * p);
-            }
+        for (Index block = 4 * u; block < 4 * u + 4 && block < blocks; block += 2) {
+          for (Index q = 0; q < (Cell::wide ? 1 : Cell::packets); ++q) {
+            split_line(packet(q, block), packet(q, block + 1), parts(),
+                       to + (q * units(panels_) + block * p) * part_rows * parts());
           }
         }
         span.add(largest.all());
-        // Products may read behind the last gate, where the weights are zeros.
-        for (Index i = all_grads(panels_); u == count - 1 && i < this->row(panels_); ++i) {
-          for (int part = 0; part < parts(); ++part) to[part * grads_part() + i] = {};
-        }
       }
       spans_[t * count + u] = span;
     }
@@ -151,8 +145,8 @@ class ReverseParts<S, Cell, true> {
     const bool of_h = which == PartsOf::h;
     const Index first = Cell::wide ? 0 : (of_h ? Cell::h_first : Cell::x_first) * units(panels_);
     (of_h ? w_hh_ : w_ih_)
-        .multiply(*job_.products, job_.batch, grads_ + t * job_.batch * row(panels_) + first,
-                  row(panels_), grads_part(), of_h ? packed_ : packed_x(), panel, Q, sums, 4 * p);
+        .multiply(*job_.products, job_.batch, grads_ + t * step() + first * part_rows * parts(),
+                  rows(), of_h ? packed_ : packed_x(), panel, Q, sums, 4 * p);
   }
 
   // x(t, b) and h(t, b): what the weights of step t were multiplied by. Then all of the team may
@@ -172,17 +166,18 @@ class ReverseParts<S, Cell, true> {
   // end) and plain_h add those of steps that parts are not for.
   template <class Grads, class PlainX, class PlainH>
   void add_gradient(Index j, Grads&& grads, S* to_x, S* to_h, PlainX&& plain_x, PlainH&& plain_h) {
-    const Index B = job_.batch, n = (Cell::wide ? panels_.packets(j) : Cell::packets) * p;
-    for (Index t = 0; t < job_.steps; ++t) {
-      split_pairs(room(), n, parts(), pairs_ + t * room() / 2 * pair, pair, pairs_part(),
-                  [&](Index b) { return b < B ? grads(j, t * B + b) : nullptr; });
+    const Index B = job_.batch, packets = Cell::wide ? panels_.packets(j) : Cell::packets;
+    for (Index q = 0; q < packets; ++q) {
+      for (Index t = 0; t < job_.steps; ++t) {
+        split_pairs(room(), parts(), pairs_ + q * pairs_packet() + t * run(),
+                    [&](Index b) { return b < B ? grads(j, t * B + b) + q * p : nullptr; });
+      }
     }
     add_gradient(j, x_range<Cell>, x_, panels_.I, to_x, plain_x);
     add_gradient(j, h_range<Cell>, h_, panels_.R, to_h, plain_h);
   }
 
  private:
-  static constexpr Index pair = 2 * width;
   static constexpr Index line = 16;  // floats of a cache line, where all begins
 
   // x or h', transposed.
@@ -193,18 +188,19 @@ class ReverseParts<S, Cell, true> {
 
   static PartPanels h_panels(const LayerShape& s) {
     const P panels(s);
-    return {panels.reverse_rows(h_range<Cell>), 4, P::reverse_panels(panels.R), s.options.parts};
+    return {gates(panels, h_range<Cell>), 4, P::reverse_panels(panels.R), s.options.parts};
   }
   static PartPanels x_panels(const LayerShape& s) {
     const P panels(s);
-    return {panels.reverse_rows(x_range<Cell>), 4, P::reverse_panels(panels.I), s.options.parts};
+    return {gates(panels, x_range<Cell>), 4, P::reverse_panels(panels.I), s.options.parts};
   }
   static void pack(const P& panels, Range range, Index columns, const S* from,
                    const PartPanels& to_panels, S* to) {
     const auto packets = [=](Index panel) { return P::reverse_packets(columns, panel); };
-    to_panels.pack(to, packets, [&](Index panel, Index k) {
+    to_panels.pack(to, packets, [&](Index panel, Index k) -> const S* {
       // There it is panel by panel of units, and then the packets of each.
-      const Index units_ = units(panels), unit = k % units_, q = k / units_;
+      const Index unit = k % units(panels), q = k / units(panels);
+      if (unit >= panels.blocks() * p) return nullptr;
       const Index at = Cell::wide ? k : (unit / p * range.count + q) * p + unit % p;
       return panels.reverse_panel(from, range, panel) + at * packets(panel) * p;
     });
@@ -212,25 +208,24 @@ class ReverseParts<S, Cell, true> {
 
   // Panels of output columns that are units, whose cells one thread runs.
   static Index unit_panels(const P& panels) { return P::reverse_panels(panels.H); }
-  static Index units(const P& panels) { return panels.blocks() * p; }
-  static Index all_grads(const P& panels) {
-    return (Cell::wide ? 1 : Cell::packets) * units(panels);
-  }
-  // Values of a row of gate gradients, with room behind those of any range.
-  static Index row(const P& panels) {
-    return PartPanels::room(all_grads(panels)) + most_part_depth;
+  // Hidden units in whole tiles, and the gate gradients of a range of packets.
+  static Index units(const P& panels) { return padded(panels.blocks() * p, part_depth); }
+  static Index gates(const P& panels, Range range) {
+    return (Cell::wide ? 1 : range.count) * units(panels);
   }
   static Index spans_size(Index count) {
     return padded(count * Index(sizeof(Span) / sizeof(S)), 16);
   }
+  static Index row(const LayerShape& s) { return gates(P(s), {0, Cell::packets}); }
   static Index grads_size(const LayerShape& s, Index steps, Index batch) {
-    return floats_of(s.options.parts * (steps * batch + part_rows) * row(P(s)));
+    return floats_of(s.options.parts * steps * padded(batch, part_rows) * row(s));
   }
+  // Rows of a step where they are the depth of a product: of less than a tile no more than needed.
   static Index room(const LayerShape& s, Index batch) {
-    return padded(batch, s.options.part_depth);
+    return padded(batch, batch < part_depth ? s.options.part_depth : part_depth);
   }
   static Index transposed_size(const LayerShape& s, Index columns, Index steps, Index batch) {
-    return floats_of(s.options.parts * (columns + part_rows) * steps * room(s, batch));
+    return floats_of(s.options.parts * padded(columns, part_rows) * steps * room(s, batch));
   }
   static Index pairs_size(const LayerShape& s, Index steps, Index batch) {
     return floats_of(s.options.parts * steps * room(s, batch) * width);
@@ -238,22 +233,26 @@ class ReverseParts<S, Cell, true> {
 
   int parts() const { return job_.shape.options.parts; }
   Index room() const { return room(job_.shape, job_.batch); }
-  Index grads_part() const { return (job_.steps * job_.batch + part_rows) * row(panels_); }
-  Index pairs_part() const { return job_.steps * room() * width; }
+  // Values of the parts of 16 rows of gate gradients, and of those of a step.
+  Index rows() const { return part_rows * row(job_.shape) * parts(); }
+  Index step() const { return ceil_div(job_.batch, part_rows) * rows(); }
+  // Of 16 columns of x or h', or of a packet of gate gradients, in a step.
+  Index run() const { return part_rows * room() * parts(); }
+  Index pairs_packet() const { return job_.steps * run(); }
   const S* packed_x() const { return packed_ + w_hh_.size(); }
 
   template <class Row>
   void split_input(const Transposed& to, Index columns, Index t, Row&& row) const {
-    const Index all = job_.steps * room();
     to.spans[t] =
-        split_transposed(job_.batch, room(), columns, parts(), to.values + t * room(), all,
-                         (columns + part_rows) * all, [&](Index b) { return row(t, b); });
+        split_transposed(job_.batch, room(), tile_width(), columns, parts(), to.values + t * run(),
+                         job_.steps * run(), [&](Index b) { return row(t, b); });
   }
+  Index tile_width() const { return room() < part_depth ? room() : part_depth; }
 
   template <class Plain>
   void add_gradient(Index j, Range range, const Transposed& a, Index columns, S* to,
                     Plain&& plain) const {
-    const Index all = job_.steps * room(), Q = panels_.packets(j, range);
+    const Index Q = panels_.packets(j, range), depth = padded(job_.batch, job_.products->depth);
     const Index u = Cell::wide ? j : j / 4, count = unit_panels(panels_);
     const auto fits = [&](Index t) { return fit(a.spans[t], spans_[t * count + u]); };
     for (Index end = job_.steps; end > 0;) {
@@ -261,11 +260,11 @@ class ReverseParts<S, Cell, true> {
       Index begin = end - 1;
       while (begin > 0 && fits(begin - 1) == in_parts) --begin;
       if (in_parts) {
-        job_.products->multiply({parts(), columns, static_cast<int>(Q), room(), end - begin,
-                                 a.values + (end - 1) * room(), (columns + part_rows) * all,
-                                 -room(), all,
-                                 pairs_ + (end - 1) * room() / 2 * pair + range.first * 2 * p,
-                                 pairs_part(), -room() / 2 * pair, pair, to, Q * p});
+        job_.products->multiply({parts(), columns, static_cast<int>(Q), depth, end - begin,
+                                 a.values + (end - 1) * run(), -run(), job_.steps * run(),
+                                 tile_width(),
+                                 pairs_ + range.first * pairs_packet() + (end - 1) * run(), -run(),
+                                 pairs_packet(), to, Q * p, nullptr});
       } else {
         plain(begin, end);
       }

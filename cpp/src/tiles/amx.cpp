@@ -17,19 +17,22 @@ namespace {
 
 // Not those of the standard library, whose copies of another instruction set the linker might keep.
 inline Index least(Index a, Index b) { return a < b ? a : b; }
-inline Index most(Index a, Index b) { return a > b ? a : b; }
-
-// Bytes of a panel that stay in the first cache while tile after tile of rows goes by.
-constexpr Index panel_bytes = 32 * 1024;
 
 // Which part of a meets which part of b, so that one of them is the same as before.
-struct Pair {
-  int a;
-  int b;
+template <int parts>
+struct Pairs;
+template <>
+struct Pairs<1> {
+  static constexpr int a[] = {0}, b[] = {0};
 };
-constexpr Pair pairs_1[] = {{0, 0}};
-constexpr Pair pairs_2[] = {{1, 0}, {0, 0}, {0, 1}};
-constexpr Pair pairs_3[] = {{2, 0}, {1, 0}, {1, 1}, {0, 1}, {0, 0}, {0, 2}};
+template <>
+struct Pairs<2> {
+  static constexpr int a[] = {1, 0, 0}, b[] = {0, 0, 1};
+};
+template <>
+struct Pairs<3> {
+  static constexpr int a[] = {2, 1, 1, 0, 0, 0}, b[] = {0, 0, 1, 1, 0, 2};
+};
 
 template <int begin, int end, class F>
 inline void each(F&& f) {
@@ -40,60 +43,60 @@ inline void each(F&& f) {
 }
 
 // R tiles of rows by N packets. Sums are in tiles 0 to 3, a in 4 and 5, the panel in those behind.
-template <int R, int N>
+template <int parts, int R, int N>
 class Block {
   static_assert(R * N <= 4);
   static constexpr int first_a = 4, first_b = 4 + R, tiles_b = 8 - first_b;
 
  public:
-  Block(const PartsProduct& product, Index row, int packet, Index k, Index K)
+  Block(const PartsProduct& product, Index row, int packet)
       : p_(product),
-        a_(product.a + row * product.a_row + k),
-        panel_(product.panel + k / 2 * product.panel_row + packet * 32),
+        a_(product.a + row / tile_rows * product.a_rows),
+        panel_(product.panel + packet * product.panel_packet),
         sums_(product.sums + row * product.sums_row + packet * 16),
-        rows_(least(product.rows - row, R * tile_rows)),
-        K_(K) {}
+        start_(product.start ? product.start + packet * 16 : nullptr),
+        rows_(least(product.rows - row, R * tile_rows)) {}
 
   void run() const {
-    transfer<true>();
+    start_ ? begin_with_start() : transfer<true>();
     for (Index run = 0; run < p_.runs; ++run) {
       const Bfloat16* a = a_ + run * p_.a_run;
       const Bfloat16* panel = panel_ + run * p_.panel_run;
-      for (Index k = 0; k < K_; k += tile_depth) {
-        switch (p_.parts) {
-          case 1:
-            multiply_pairs<pairs_1, 1>(a + k, panel + k / 2 * p_.panel_row);
-            break;
-          case 2:
-            multiply_pairs<pairs_2, 3>(a + k, panel + k / 2 * p_.panel_row);
-            break;
-          default:
-            multiply_pairs<pairs_3, 6>(a + k, panel + k / 2 * p_.panel_row);
-        }
+      for (Index k = 0; k < p_.K; k += tile_depth) {
+        multiply_parts(a, panel);
+        a += parts * part_tile;
+        panel += parts * part_tile;
       }
     }
     transfer<false>();
   }
 
  private:
-  template <const Pair* pairs, int count>
-  void multiply_pairs(const Bfloat16* a, const Bfloat16* panel) const {
-    each<0, count>([&](auto i) {
-      constexpr bool new_a = i == 0 || pairs[i].a != pairs[i - (i > 0)].a;
-      constexpr bool new_b = i == 0 || pairs[i].b != pairs[i - (i > 0)].b || N > tiles_b;
+  void multiply_parts(const Bfloat16* a, const Bfloat16* panel) const {
+    using Of = Pairs<parts>;
+    each<0, sizeof(Of::a) / sizeof(int)>([&](auto i) {
+      constexpr bool first = i == 0;
+      constexpr int part_a = Of::a[i], part_b = Of::b[i], before = first ? 0 : i - 1;
+      constexpr bool new_a = first || part_a != Of::a[before];
+      constexpr bool new_b = first || part_b != Of::b[before] || N > tiles_b;
       if constexpr (new_a) {
-        const Bfloat16* const from = a + pairs[i].a * p_.a_part;
         each<0, R>([&](auto r) {
-          load<first_a + r>(from + r * tile_rows * p_.a_row, p_.a_row * Index(sizeof(Bfloat16)));
+          load<first_a + r>(a + part_a * part_tile + r * p_.a_rows, tile_row_bytes);
         });
       }
-      const Bfloat16* const from = panel + pairs[i].b * p_.panel_part;
       each<0, N>([&](auto n) {
-        constexpr int tile = first_b + n % tiles_b;
-        if constexpr (new_b) load<tile>(from + n * 32, p_.panel_row * Index(sizeof(Bfloat16)));
-        each<0, R>([&](auto r) { multiply<r * N + n, first_a + r, tile>(); });
+        constexpr int to = first_b + n % tiles_b;
+        if constexpr (new_b) {
+          load<to>(panel + part_b * part_tile + n * p_.panel_packet, tile_row_bytes);
+        }
+        each<0, R>([&](auto r) { multiply<r * N + n, first_a + r, to>(); });
       });
     });
+  }
+
+  // All rows alike.
+  void begin_with_start() const {
+    each<0, R>([&](auto r) { each<0, N>([&](auto n) { load<r * N + n>(start_ + n * 16, 0); }); });
   }
 
   // The sums to or from the tiles; by way of a copy where there are no 16 rows of them.
@@ -130,44 +133,46 @@ class Block {
   const Bfloat16* const a_;
   const Bfloat16* const panel_;
   float* const sums_;
+  const float* const start_;
   const Index rows_;
-  const Index K_;
 };
 
-template <int R, int N>
-void multiply_block(const PartsProduct& product, Index row, int packet, Index k, Index K) {
-  Block<R, N>(product, row, packet, k, K).run();
+template <int parts, int R, int N>
+__attribute__((noinline)) void multiply_block(const PartsProduct& product, Index row, int packet) {
+  Block<parts, R, N>(product, row, packet).run();
 }
 
-void multiply_range(const PartsProduct& product, Index k, Index K) {
+template <int parts>
+void multiply_parts(const PartsProduct& product) {
   Index row = 0;
   for (; product.rows - row > tile_rows; row += 2 * tile_rows) {
     int packet = 0;
-    for (; packet + 2 <= product.packets; packet += 2)
-      multiply_block<2, 2>(product, row, packet, k, K);
-    if (packet < product.packets) multiply_block<2, 1>(product, row, packet, k, K);
+    for (; packet + 2 <= product.packets; packet += 2) {
+      multiply_block<parts, 2, 2>(product, row, packet);
+    }
+    if (packet < product.packets) multiply_block<parts, 2, 1>(product, row, packet);
   }
   if (row >= product.rows) return;
   switch (product.packets) {
     case 1:
-      return multiply_block<1, 1>(product, row, 0, k, K);
+      return multiply_block<parts, 1, 1>(product, row, 0);
     case 2:
-      return multiply_block<1, 2>(product, row, 0, k, K);
+      return multiply_block<parts, 1, 2>(product, row, 0);
     case 3:
-      return multiply_block<1, 3>(product, row, 0, k, K);
+      return multiply_block<parts, 1, 3>(product, row, 0);
     default:
-      return multiply_block<1, 4>(product, row, 0, k, K);
+      return multiply_block<parts, 1, 4>(product, row, 0);
   }
 }
 
 void multiply(const PartsProduct& product) {
-  const Index bytes = product.packets * 16 * Index(sizeof(Bfloat16)) * product.parts;
-  const Index fit = most(tile_depth, panel_bytes / bytes / tile_depth * tile_depth);
-  // With several runs a range of k would be one of each, in another order.
-  const bool whole = product.runs > 1 || product.rows <= 2 * tile_rows;
-  const Index step = whole ? product.K : fit;
-  for (Index k = 0; k < product.K; k += step) {
-    multiply_range(product, k, least(step, product.K - k));
+  switch (product.parts) {
+    case 1:
+      return multiply_parts<1>(product);
+    case 2:
+      return multiply_parts<2>(product);
+    default:
+      return multiply_parts<3>(product);
   }
 }
 

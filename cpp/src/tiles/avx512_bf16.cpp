@@ -15,6 +15,7 @@ extern const PartProducts part_products;
 namespace {
 
 constexpr Index panel_bytes = 24 * 1024;
+constexpr Index tile_pairs = part_depth / 2;
 constexpr int accumulators = 24;
 constexpr int most_rows = 8;
 constexpr int tile_rows(int packets) {
@@ -28,28 +29,38 @@ inline __m512bh broadcast(const Bfloat16* pair) {
   return (__m512bh)_mm512_set1_epi32(both);
 }
 
-// The pairs of k [begin, end), of every run.
+// The tiles of k [begin, end), of every run.
 template <int R, int Q>
 __attribute__((noinline)) void multiply_tile(const PartsProduct& p, Index row, Index begin,
                                              Index end) {
   __m512 sums[R][Q];
   float* const to = p.sums + row * p.sums_row;
+  const bool started = p.start && begin == 0;
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int q = 0; q < Q; ++q) sums[r][q] = _mm512_loadu_ps(to + r * p.sums_row + q * 16);
-  for (Index run = 0; run < p.runs; ++run) {
-    const Bfloat16* a = p.a + run * p.a_run + row * p.a_row + 2 * begin;
-    const Bfloat16* panel = p.panel + run * p.panel_run + begin * p.panel_row;
-    for (Index k = begin; k < end; ++k, a += 2, panel += p.panel_row) {
-      __m512bh packets[Q];
-#pragma GCC unroll 4
-      for (int q = 0; q < Q; ++q) packets[q] = (__m512bh)_mm512_loadu_si512(panel + q * 32);
+    for (int q = 0; q < Q; ++q)
+      sums[r][q] = _mm512_loadu_ps(started ? p.start + q * 16 : to + r * p.sums_row + q * 16);
+  Index at[R];
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        const __m512bh value = broadcast(a + r * p.a_row);
+  for (int r = 0; r < R; ++r)
+    at[r] = (row + r) / part_rows * p.a_rows + (row + r) % part_rows * p.a_row;
+  for (Index run = 0; run < p.runs; ++run) {
+    for (Index k = begin; k < end; ++k) {
+      const Bfloat16* a = p.a + run * p.a_run + k * part_rows * p.a_row;
+      const Bfloat16* panel = p.panel + run * p.panel_run + k * part_tile;
+      const Index left = p.K / 2 - k * tile_pairs, pairs = left < tile_pairs ? left : tile_pairs;
+      for (Index pair = 0; pair < pairs; ++pair, a += 2, panel += 32) {
+        __m512bh packets[Q];
 #pragma GCC unroll 4
-        for (int q = 0; q < Q; ++q) sums[r][q] = _mm512_dpbf16_ps(sums[r][q], value, packets[q]);
+        for (int q = 0; q < Q; ++q)
+          packets[q] = (__m512bh)_mm512_loadu_si512(panel + q * p.panel_packet);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+          const __m512bh value = broadcast(a + at[r]);
+#pragma GCC unroll 4
+          for (int q = 0; q < Q; ++q) sums[r][q] = _mm512_dpbf16_ps(sums[r][q], value, packets[q]);
+        }
       }
     }
   }
@@ -78,14 +89,14 @@ void multiply_rows(const PartsProduct& product, Index begin, Index end) {
 }
 
 void multiply(const PartsProduct& product) {
-  const Index pairs = product.K / 2;
-  const Index fit = panel_bytes / (product.packets * 64);
+  const Index tiles = (product.K + part_depth - 1) / part_depth;
+  const Index fit = panel_bytes / (product.packets * part_tile * Index(sizeof(Bfloat16)));
   const bool whole =
-      product.runs > 1 || pairs <= fit + fit / 2 || product.rows <= tile_rows(product.packets);
-  const Index passes = whole ? 1 : (pairs + fit - 1) / fit;
+      product.runs > 1 || tiles <= fit + fit / 2 || product.rows <= tile_rows(product.packets);
+  const Index passes = whole ? 1 : (tiles + fit - 1) / fit;
   for (Index i = 0; i < passes; ++i) {
     with_constant<4>(product.packets, [&](auto q) {
-      multiply_rows<q>(product, pairs * i / passes, pairs * (i + 1) / passes);
+      multiply_rows<q>(product, tiles * i / passes, tiles * (i + 1) / passes);
     });
   }
 }
