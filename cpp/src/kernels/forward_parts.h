@@ -8,6 +8,7 @@
 #include "cells/normalised.h"
 #include "kernels/panels.h"
 #include "kernels/part_panels.h"
+#include "memory/caches.h"
 
 namespace fastbptt {
 namespace FASTBPTT_ISA {
@@ -28,6 +29,7 @@ class ForwardParts {
   bool h_fits() const { return false; }
   void multiply_x(Index, Index, S*, Index, const S*) const {}
   void multiply_h(Index, S*, Index) const {}
+  static bool are_large(const LayerShape&) { return false; }
 };
 
 #ifdef EIGEN_VECTORIZE_AVX512
@@ -38,6 +40,8 @@ class ForwardParts<S, Cell, true> {
   static Index packed(const LayerShape& s) {
     return s.options.parts > 0 ? x_panels(s).size() + h_panels(s).size() : 0;
   }
+  // Whether the weights do not stay in the second cache from step to step.
+  static bool are_large(const LayerShape& s) { return packed(s) * Index(sizeof(S)) > second_cache; }
   // `from`: the float32 panels.
   static void pack(const LayerShape& s, const S* from, S* to) {
     if (s.options.parts == 0) return;
@@ -97,11 +101,11 @@ class ForwardParts<S, Cell, true> {
   // Panel j of the sums, [B] rows of `width`, from the bias on, or from what they are.
   void multiply_x(Index t, Index j, S* sums, Index width, const S* bias) const {
     w_ih_.multiply(*job_.products, job_.batch, x_ + t * x_step(), rows(panels_.I), packed_, j,
-                   panels_.packets(j, x_range<Cell>), sums, width, bias);
+                   panels_.packets(j, x_range<Cell>), sums, width, bias, 0, panels_.I);
   }
   void multiply_h(Index j, S* sums, Index width) const {
     w_hh_.multiply(*job_.products, job_.batch, h_, rows(panels_.R), packed_h(), j,
-                   panels_.packets(j, h_range<Cell>), sums, width);
+                   panels_.packets(j, h_range<Cell>), sums, width, nullptr, 0, panels_.R);
   }
 
  private:

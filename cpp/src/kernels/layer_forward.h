@@ -33,7 +33,7 @@ class ForwardLayer {
   static Index scratch(const LayerShape& s, Index steps, Index batch, int team) {
     const Panels<S, Cell> panels(s);
     // Of several parts some may have fewer rows than others.
-    const Index rows = x_goes_ahead(panels, batch) || batch < few_rows ? batch : few_rows;
+    const Index rows = x_goes_ahead(s, panels, batch) || batch < few_rows ? batch : few_rows;
     const Index ahead = panels.count() * steps * rows * width;
     const SecondProduct<S, Cell> second(s);
     const Index behind = batch * (second.input_row() + second.sums_row());
@@ -59,8 +59,8 @@ class ForwardLayer {
       : job_(job),
         panels_(job.shape),
         second_(job.shape),
-        ahead_((job.packed || normalised) && x_goes_ahead(panels_, job.batch)),
-        turns_(turns_back(job.batch, few_rows, step_bytes())),
+        ahead_((job.packed || normalised) && x_goes_ahead(job.shape, panels_, job.batch)),
+        turns_(turns_back(job.batch, few_rows, step_bytes()) || Parts::are_large(job.shape)),
         parts_(job, panels_, job.packed ? job.packed + norm_offset(job.shape) : nullptr,
                job.scratch),
         sums_of_x_(job.scratch + Parts::scratch(job.shape, job.steps, job.batch, job.team.size)),
@@ -102,8 +102,8 @@ class ForwardLayer {
   // With so few rows that each panel serves a single tile, or weights that do not stay in L2 from
   // step to step, the input product runs ahead over all steps, where a panel serves more rows.
   // Normalised, it goes ahead always, even where nothing is packed.
-  static bool x_goes_ahead(const Panels<S, Cell>& panels, Index batch) {
-    if (normalised) return true;
+  static bool x_goes_ahead(const LayerShape& s, const Panels<S, Cell>& panels, Index batch) {
+    if (normalised || Parts::are_large(s)) return true;
     const Index weights = panels.count() * panels.x_size() * Index(sizeof(S));
     return batch <= few_rows || weights > second_cache;
   }

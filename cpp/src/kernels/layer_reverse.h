@@ -42,7 +42,7 @@ class ReverseLayer {
     const Index rows = steps * batch;
     const bool seen = s.options.resets || s.options.recurrent_dropout > 0;
     const SecondProduct<S, Cell> second(s);
-    return kept(s) + panels.count() * rows * width + team * rows * 4 * p +
+    return kept(s) + panels.count() * rows * width + team * sums_size(s, rows) +
            rows * (second.sums_row() + second.input_row()) + (seen ? rows * s.output_size() : 0) +
            (s.options.mask ? rows * s.input_size : 0) + StepView<S>::scratch(s, batch) +
            norm_scratch(s, rows, batch, team) + Parts::scratch(s, steps, batch, team);
@@ -123,13 +123,13 @@ class ReverseLayer {
         second_grads_(grads_ + panels_.count() * rows_ * width),
         second_inputs_(second_grads_ + rows_ * second_.sums_row()),
         shared_sums_(second_inputs_ + rows_ * second_.input_row()),
-        sums_(shared_sums_ + job.team.rank * rows_ * 4 * p),
+        sums_(shared_sums_ + job.team.rank * sums_size(job.shape, rows_)),
         optioned_(job.options.any() || job.peephole),
         carries_h_(Cell::carries_h || optioned_),
         view_(job.options, job.batch, job.shape, job.team,
-              shared_sums_ + job.team.size * rows_ * 4 * p),
+              shared_sums_ + job.team.size * sums_size(job.shape, rows_)),
         options_(job.options),
-        seen_(shared_sums_ + job.team.size * rows_ * 4 * p +
+        seen_(shared_sums_ + job.team.size * sums_size(job.shape, rows_) +
               StepView<S>::scratch(job.shape, job.batch)),
         inputs_(seen_ + (sees_other_states() ? rows_ * panels_.R : 0)),
         x_grads_(inputs_ + (options_.mask.data ? rows_ * panels_.I : 0)),
@@ -138,6 +138,12 @@ class ReverseLayer {
 
   // Whether what W_hh is multiplied by is not always y of the step before.
   bool sees_other_states() const { return options_.resets.data || options_.recurrent_mask; }
+
+  // Of one panel of output columns; of all, where the products are made of parts.
+  static Index sums_size(const LayerShape& s, Index rows) {
+    const Index most = s.input_size > s.output_size() ? s.input_size : s.output_size();
+    return (s.options.parts > 0 ? Panels<S, Cell>::reverse_panels(most) : 1) * rows * 4 * p;
+  }
 
   static Index second_offset(const Panels<S, Cell>& panels) {
     return panels.reverse_size(panels.R, h_range<Cell>);
@@ -167,7 +173,10 @@ class ReverseLayer {
     if (optioned_ && job_.weights) prepare_weight_gradients();
     if (job_.weights) split_inputs();
     const Index n = job_.weights ? panels_.count() : 0;
-    for (Index j = team.begin(n); j < team.end(n); ++j) weight_gradients(j);
+    const Index end = team.end(n), group = parts_.used() ? parts_.group() : 1;
+    for (Index j = team.begin(n); j < end; j += group) {
+      weight_gradients(j, end - j < group ? end - j : group);
+    }
     if constexpr (Cell::second != Second::none) {
       const Index m = job_.weights ? second_.count() : 0;
       for (Index j = team.begin(m); j < team.end(m); ++j) second_gradient(j);
@@ -232,7 +241,10 @@ class ReverseLayer {
     const Index panels = Panels<S, Cell>::reverse_panels(columns);
     const Index from = job_.team.begin(panels), to = job_.team.end(panels);
     const Index bytes = factor.rows() * columns * Index(sizeof(S));
-    const bool back = split && turns_back(n, tile_rows(4), bytes) && row / n % 2 == 1;
+    const bool turns = turns_back(n, tile_rows(4), bytes) || Parts::are_large(job_.shape);
+    const bool back = split && turns && row / n % 2 == 1;
+    const bool in_parts = weights && parts_.used() && factor.parts != PartsOf::none;
+    if (in_parts) product_in_parts(factor.parts, back, row, n, columns, start, end, wants);
     for (Index k = from; k < to; ++k) {
       const Index panel = back ? from + to - 1 - k : k;
       const Index Q = Panels<S, Cell>::reverse_packets(columns, panel);
@@ -264,22 +276,35 @@ class ReverseLayer {
           });
         }
       };
-      if (!w || !parts_.used() || factor.parts == PartsOf::none) {
-        plain(0, n);
-        continue;
+      if (!in_parts) plain(0, n);
+      for (Index first = 0; in_parts && first < n; first += job_.batch) {
+        if (!parts_.fits(factor.parts, (row + first) / job_.batch)) plain(first, job_.batch);
       }
-      const Index B = job_.batch;
-      for (Index first = 0; first < n; first += B) {
-        const Index t = (row + first) / B;
-        if (!parts_.fits(factor.parts, t)) {
-          plain(first, B);
-          continue;
+    }
+  }
+
+  // The same for the steps whose products are made of parts: the gate gradients in pieces that stay
+  // in the second cache, as all panels meet a piece before the next.
+  template <class Start, class End, class Wants>
+  FASTBPTT_INLINE void product_in_parts(PartsOf which, bool back, Index row, Index n, Index columns,
+                                        Start&& start, End&& end, const Wants& wants) const {
+    const Index B = job_.batch, panels = Panels<S, Cell>::reverse_panels(columns);
+    const Index from = job_.team.begin(panels), to = job_.team.end(panels);
+    const Index depth = parts_.depth(which), piece = parts_.depth_at_once(which, n);
+    for (Index k = 0; k < depth; k += piece) {
+      const Index stop = k + piece < depth ? k + piece : depth;
+      for (Index i = from; i < to; ++i) {
+        const Index panel = back ? from + to - 1 - i : i;
+        const Index Q = Panels<S, Cell>::reverse_packets(columns, panel);
+        for (Index first = 0; first < n; first += B) {
+          const Index t = (row + first) / B;
+          if (!parts_.fits(which, t)) continue;
+          S* const sums = sums_ + ((panel - from) * n + first) * 4 * p;
+          if (k == 0) start(sums, B, first, Q, panel);
+          for (Index r = 0; stop == depth && r < B; ++r) wants(FetchNow{}, first + r, Q, panel);
+          parts_.multiply(which, t, panel, Q, sums, k, stop);
+          if (stop == depth) end(sums, B, first, Q, panel);
         }
-        S* const sums = sums_ + first * 4 * p;
-        for (Index r = 0; r < B; ++r) wants(FetchNow{}, first + r, Q, panel);
-        start(sums, B, first, Q, panel);
-        parts_.multiply(factor.parts, t, panel, Q, sums);
-        end(sums, B, first, Q, panel);
       }
     }
   }
@@ -644,15 +669,28 @@ class ReverseLayer {
     team.wait();
   }
 
-  void weight_gradients(Index j) {
-    if (job_.fresh) {
-      S* const sums = panels_.bias(job_.scratch, j);
-      for (Index i = 0; i < panels_.panel_size(); ++i) sums[i] = S(0);
+  // Of n panels.
+  void weight_gradients(Index first, Index n) {
+    for (Index j = first; j < first + n; ++j) {
+      if (job_.fresh) {
+        S* const sums = panels_.bias(job_.scratch, j);
+        for (Index i = 0; i < panels_.panel_size(); ++i) sums[i] = S(0);
+      }
+      bias_gradient(j);
+      if (parts_.used()) {
+        parts_.split_panel(j - first, j,
+                           [this](Index panel, Index row) { return grads(panel, row); });
+        continue;
+      }
+      x_gradient(j, 0, job_.steps);
+      h_gradient(j, 0, job_.steps);
     }
-    if (parts_.used()) return weight_gradients_in_parts(j);
-    bias_gradient(j);
-    x_gradient(j, 0, job_.steps);
-    h_gradient(j, 0, job_.steps);
+    if (!parts_.used()) return;
+    parts_.add_gradients(
+        first, n, [&](Index j) { return panels_.x(job_.scratch, j); },
+        [&](Index j) { return panels_.h(job_.scratch, j); },
+        [&](Index j, Index begin, Index end) { x_gradient(j, begin, end); },
+        [&](Index j, Index begin, Index end) { h_gradient(j, begin, end); });
   }
 
   void x_gradient(Index j, Index begin, Index end) {
@@ -685,14 +723,6 @@ class ReverseLayer {
           return sees_other_states() ? seen_ + (t * job_.batch + b) * panels_.R : h_before(t, b);
         });
   }
-  void weight_gradients_in_parts(Index j) {
-    bias_gradient(j);
-    parts_.add_gradient(
-        j, [this](Index panel, Index row) { return grads(panel, row); }, panels_.x(job_.scratch, j),
-        panels_.h(job_.scratch, j), [&](Index begin, Index end) { x_gradient(j, begin, end); },
-        [&](Index begin, Index end) { h_gradient(j, begin, end); });
-  }
-
   void second_gradient(Index j) {
     const Index B = job_.batch, Q = second_.panels.packets(j), row = second_.input_row();
     S* const to = second_.panels.x(job_.scratch + panels_.size(), j);

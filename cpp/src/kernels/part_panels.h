@@ -47,13 +47,18 @@ class PartPanels {
   // Values of a row of a.
   static Index room(Index K) { return padded(K, part_depth); }
 
-  // sums = start, or sums if that is null, plus a times panel j, of Q packets.
+  Index depth() const { return K_; }
+
+  // sums = start, or sums if that is null, plus a times panel j, of Q packets; of the values
+  // [begin, end) of a row, where a tile begins.
   void multiply(const PartProducts& products, Index rows, const Bfloat16* a, Index a_rows,
                 const float* packed, Index j, Index Q, float* sums, Index sums_row,
-                const float* start = nullptr) const {
-    products.multiply({parts_, rows, static_cast<int>(Q), padded(K_, products.depth), 1, a, 0,
-                       a_rows, part_depth, parts_of(packed) + j * packets_ * packet(), 0, packet(),
-                       sums, sums_row, start});
+                const float* start, Index begin, Index end) const {
+    const Index at = begin * part_rows * parts_;
+    products.multiply({parts_, rows, static_cast<int>(Q), padded(end - begin, products.depth), 1,
+                       a + at, 0, a_rows, part_depth,
+                       parts_of(packed) + j * packets_ * packet() + at, 0, packet(), sums, sums_row,
+                       start});
   }
 
  private:

@@ -8,11 +8,12 @@
 //            follow each other, in tiles of their own
 //   scratch  tiles of the gate gradients [steps][B][packets * units] and the Span of each step and
 //            panel of units; of x^T [I][steps][B] and h'^T [R][steps][B], and the Span of each
-//            step; for each thread of a team, of a panel of gate gradients [packets][steps][B]
+//            step; for each thread of a team, of some panels of gate gradients [packets][steps][B]
 #pragma once
 #include "cells/normalised.h"
 #include "kernels/panels.h"
 #include "kernels/part_panels.h"
+#include "memory/caches.h"
 
 namespace fastbptt {
 namespace FASTBPTT_ISA {
@@ -34,11 +35,17 @@ class ReverseParts {
   template <class Grads>
   void split_grads(Index, Grads&&) {}
   bool fits(PartsOf, Index) const { return false; }
-  void multiply(PartsOf, Index, Index, Index, S*) const {}
+  void multiply(PartsOf, Index, Index, Index, S*, Index, Index) const {}
+  Index depth(PartsOf) const { return 0; }
+  Index depth_at_once(PartsOf, Index) const { return 1; }
+  static bool are_large(const LayerShape&) { return false; }
   template <class X, class H>
   void split_inputs(X&&, H&&) {}
-  template <class Grads, class PlainX, class PlainH>
-  void add_gradient(Index, Grads&&, S*, S*, PlainX&&, PlainH&&) {}
+  Index group() const { return 1; }
+  template <class Grads>
+  void split_panel(Index, Index, Grads&&) {}
+  template <class ToX, class ToH, class PlainX, class PlainH>
+  void add_gradients(Index, Index, ToX&&, ToH&&, PlainX&&, PlainH&&) const {}
 };
 
 #ifdef EIGEN_VECTORIZE_AVX512
@@ -52,6 +59,10 @@ class ReverseParts<S, Cell, true> {
  public:
   static Index packed(const LayerShape& s) {
     return s.options.parts > 0 ? h_panels(s).size() + x_panels(s).size() : 0;
+  }
+  // Whether the recurrent weights do not stay in the second cache from step to step.
+  static bool are_large(const LayerShape& s) {
+    return s.options.parts > 0 && h_panels(s).size() * Index(sizeof(S)) > second_cache;
   }
   // `h` and `x`: the reverse panels of W_hh and W_ih.
   static void pack(const LayerShape& s, const S* h, const S* x, S* to) {
@@ -141,12 +152,23 @@ class ReverseParts<S, Cell, true> {
     for (Index u = 0; u < count; ++u) span.add(spans_[t * count + u]);
     return fit(span, PartPanels::span(which == PartsOf::h ? packed_ : packed_x()));
   }
-  void multiply(PartsOf which, Index t, Index panel, Index Q, S* sums) const {
+  // Of the gate gradients only [begin, end), where a tile begins.
+  void multiply(PartsOf which, Index t, Index panel, Index Q, S* sums, Index begin,
+                Index end) const {
     const bool of_h = which == PartsOf::h;
     const Index first = Cell::wide ? 0 : (of_h ? Cell::h_first : Cell::x_first) * units(panels_);
     (of_h ? w_hh_ : w_ih_)
         .multiply(*job_.products, job_.batch, grads_ + t * step() + first * part_rows * parts(),
-                  rows(), of_h ? packed_ : packed_x(), panel, Q, sums, 4 * p);
+                  rows(), of_h ? packed_ : packed_x(), panel, Q, sums, 4 * p, nullptr, begin, end);
+  }
+
+  // Values of a row that the weights are multiplied by; and so many of them that those of `rows`
+  // rows stay in the second cache from one panel to the next, beside the panel.
+  Index depth(PartsOf which) const { return which == PartsOf::h ? w_hh_.depth() : w_ih_.depth(); }
+  Index depth_at_once(PartsOf which, Index rows) const {
+    const Index all = depth(which), fit = depth_bytes / (rows * parts() * Index(sizeof(Bfloat16)));
+    const Index passes = ceil_div(all, fit > part_depth ? fit : part_depth);
+    return padded(ceil_div(all, passes), part_depth);
   }
 
   // x(t, b) and h(t, b): what the weights of step t were multiplied by. Then all of the team may
@@ -162,22 +184,35 @@ class ReverseParts<S, Cell, true> {
     team.wait();
   }
 
-  // The weight gradients of panel j, those of W_ih at `to_x` and of W_hh at `to_h`; plain_x(begin,
-  // end) and plain_h add those of steps that parts are not for.
-  template <class Grads, class PlainX, class PlainH>
-  void add_gradient(Index j, Grads&& grads, S* to_x, S* to_h, PlainX&& plain_x, PlainH&& plain_h) {
+  // Panels of the weight gradients that are made together, so that x and h' are read once for them.
+  Index group() const {
+    const Index fit = depth_bytes / (Cell::packets * pairs_packet() * Index(sizeof(Bfloat16)));
+    return fit < 1 ? 1 : fit > most_panels ? most_panels : fit;
+  }
+  // The gate gradients of panel j, place `i` of a group.
+  template <class Grads>
+  void split_panel(Index i, Index j, Grads&& grads) {
     const Index B = job_.batch, packets = Cell::wide ? panels_.packets(j) : Cell::packets;
     for (Index q = 0; q < packets; ++q) {
       for (Index t = 0; t < job_.steps; ++t) {
-        split_pairs(room(), parts(), pairs_ + q * pairs_packet() + t * run(),
+        split_pairs(room(), parts(), pairs(i) + q * pairs_packet() + t * run(),
                     [&](Index b) { return b < B ? grads(j, t * B + b) + q * p : nullptr; });
       }
     }
-    add_gradient(j, x_range<Cell>, x_, panels_.I, to_x, plain_x);
-    add_gradient(j, h_range<Cell>, h_, panels_.R, to_h, plain_h);
+  }
+  // The weight gradients of panels [j, j + n), those of W_ih at to_x(panel) and of W_hh at
+  // to_h(panel); plain_x(panel, begin, end) and plain_h add those of steps that parts are not for.
+  template <class ToX, class ToH, class PlainX, class PlainH>
+  void add_gradients(Index j, Index n, ToX&& to_x, ToH&& to_h, PlainX&& plain_x,
+                     PlainH&& plain_h) const {
+    add_gradients(j, n, x_range<Cell>, x_, panels_.I, to_x, plain_x);
+    add_gradients(j, n, h_range<Cell>, h_, panels_.R, to_h, plain_h);
   }
 
  private:
+  static constexpr Index depth_bytes = 384 * 1024;
+  static constexpr Index columns_at_once = 2 * part_rows;
+  static constexpr Index most_panels = 4;
   static constexpr Index line = 16;  // floats of a cache line, where all begins
 
   // x or h', transposed.
@@ -228,7 +263,7 @@ class ReverseParts<S, Cell, true> {
     return floats_of(s.options.parts * padded(columns, part_rows) * steps * room(s, batch));
   }
   static Index pairs_size(const LayerShape& s, Index steps, Index batch) {
-    return floats_of(s.options.parts * steps * room(s, batch) * width);
+    return most_panels * floats_of(s.options.parts * steps * room(s, batch) * width);
   }
 
   int parts() const { return job_.shape.options.parts; }
@@ -239,6 +274,7 @@ class ReverseParts<S, Cell, true> {
   // Of 16 columns of x or h', or of a packet of gate gradients, in a step.
   Index run() const { return part_rows * room() * parts(); }
   Index pairs_packet() const { return job_.steps * run(); }
+  Bfloat16* pairs(Index i) const { return pairs_ + i * Cell::packets * pairs_packet(); }
   const S* packed_x() const { return packed_ + w_hh_.size(); }
 
   template <class Row>
@@ -249,24 +285,39 @@ class ReverseParts<S, Cell, true> {
   }
   Index tile_width() const { return room() < part_depth ? room() : part_depth; }
 
-  template <class Plain>
-  void add_gradient(Index j, Range range, const Transposed& a, Index columns, S* to,
-                    Plain&& plain) const {
-    const Index Q = panels_.packets(j, range), depth = padded(job_.batch, job_.products->depth);
-    const Index u = Cell::wide ? j : j / 4, count = unit_panels(panels_);
-    const auto fits = [&](Index t) { return fit(a.spans[t], spans_[t * count + u]); };
+  // From the last step to the first, in runs of steps that are alike for all panels.
+  template <class To, class Plain>
+  void add_gradients(Index j, Index n, Range range, const Transposed& a, Index columns, To&& to,
+                     Plain&& plain) const {
+    const Index depth = padded(job_.batch, job_.products->depth), count = unit_panels(panels_);
+    const auto fits = [&](Index t, Index i) {
+      const Index u = Cell::wide ? j + i : (j + i) / 4;
+      return fit(a.spans[t], spans_[t * count + u]);
+    };
+    const auto alike = [&](Index s, Index t) {
+      for (Index i = 0; i < n; ++i) {
+        if (fits(s, i) != fits(t, i)) return false;
+      }
+      return true;
+    };
     for (Index end = job_.steps; end > 0;) {
-      const bool in_parts = fits(end - 1);
       Index begin = end - 1;
-      while (begin > 0 && fits(begin - 1) == in_parts) --begin;
-      if (in_parts) {
-        job_.products->multiply({parts(), columns, static_cast<int>(Q), depth, end - begin,
-                                 a.values + (end - 1) * run(), -run(), job_.steps * run(),
-                                 tile_width(),
-                                 pairs_ + range.first * pairs_packet() + (end - 1) * run(), -run(),
-                                 pairs_packet(), to, Q * p, nullptr});
-      } else {
-        plain(begin, end);
+      while (begin > 0 && alike(begin - 1, end - 1)) --begin;
+      for (Index row = 0; row < columns; row += columns_at_once) {
+        const Index rows = columns - row < columns_at_once ? columns - row : columns_at_once;
+        for (Index i = 0; i < n; ++i) {
+          if (!fits(end - 1, i)) continue;
+          const Index Q = panels_.packets(j + i, range);
+          job_.products->multiply(
+              {parts(), rows, static_cast<int>(Q), depth, end - begin,
+               a.values + row / part_rows * job_.steps * run() + (end - 1) * run(), -run(),
+               job_.steps * run(), tile_width(),
+               pairs(i) + range.first * pairs_packet() + (end - 1) * run(), -run(), pairs_packet(),
+               to(j + i) + row * Q * p, Q * p, nullptr});
+        }
+      }
+      for (Index i = 0; i < n; ++i) {
+        if (!fits(end - 1, i)) plain(j + i, begin, end);
       }
       end = begin;
     }
