@@ -342,12 +342,17 @@ class ForwardLayer {
     const Index B = job_.batch;
     S* const sums = ahead_ ? ahead(j, t * B) : sums_;
     if (!ahead_) start_with_x(t, j, sums);
+    for (Index b = 0; b < B; ++b) fetch_tape(t, j, b);
     if (parts_.h_fits()) {
       parts_.multiply_h(j, sums + Cell::h_first * p, width);
     } else {
       add_rows(h_, h_range<Cell>, j, panels_.R, panels_.h(job_.packed, j), sums);
     }
+    if (!optioned_ && panels_.whole(j)) return finish_rows(t, j, sums);
     for (Index b = 0; b < B; ++b) finish_apart(t, j, b, sums + b * width);
+  }
+  __attribute__((noinline)) void finish_rows(Index t, Index j, const S* sums) const {
+    for (Index b = 0; b < job_.batch; ++b) finish<true>(t, j, b, sums + b * width);
   }
   void start_with_x(Index t, Index j, S* sums) const {
     const bool in_parts = parts_.x_fits(t);
