@@ -73,9 +73,22 @@ Errors errors_of_one(Random& random, const PartProducts& products, int parts, bo
     }
   }
   products.begin();
-  products.multiply({parts, rows, packets, K, runs, a_parts.data(), a_run, a_rows, a_row,
-                     panel.data(), panel_run, panel_packet, sums.data(), sums_row,
-                     starts ? bias.data() : nullptr});
+  products.multiply({parts,
+                     rows,
+                     packets,
+                     K,
+                     runs,
+                     a_parts.data(),
+                     a_run,
+                     a_rows,
+                     a_row,
+                     panel.data(),
+                     panel_run,
+                     panel_packet,
+                     sums.data(),
+                     sums_row,
+                     starts ? bias.data() : nullptr,
+                     {}});
   products.end();
   Errors errors;
   for (Index r = 0; r < rows; ++r) {

@@ -301,8 +301,9 @@ class ReverseLayer {
           if (!parts_.fits(which, t)) continue;
           S* const sums = sums_ + ((panel - from) * n + first) * 4 * p;
           if (k == 0) start(sums, B, first, Q, panel);
-          for (Index r = 0; stop == depth && r < B; ++r) wants(FetchNow{}, first + r, Q, panel);
-          parts_.multiply(which, t, panel, Q, sums, k, stop);
+          RowFetches soon;
+          if (stop == depth) wants(soon, first, Q, panel);
+          parts_.multiply(which, t, panel, Q, sums, soon.ahead(), k, stop);
           if (stop == depth) end(sums, B, first, Q, panel);
         }
       }

@@ -174,8 +174,13 @@ FASTBPTT_INLINE Span split_transposed(Index rows, Index room, Index width, Index
     for (Index i = 0; i < n; i += 16) {
       __m512 values[part_depth];
       for (Index r = 0; r < part_depth; ++r) {
-        const bool there = r < width && k + r < rows;
-        values[r] = there ? load16(row(k + r) + i, n - i) : _mm512_setzero_ps();
+        values[r] = _mm512_setzero_ps();
+        if (r < width && k + r < rows) {
+          const float* const from = row(k + r) + i;
+          values[r] = load16(from, n - i);
+          // Rows lie too far from each other to be seen coming.
+          if (i + 64 < n) __builtin_prefetch(from + 64);
+        }
         largest[r].add(values[r]);
       }
       for (int part = 0; part < parts; ++part) {

@@ -35,7 +35,7 @@ class ReverseParts {
   template <class Grads>
   void split_grads(Index, Grads&&) {}
   bool fits(PartsOf, Index) const { return false; }
-  void multiply(PartsOf, Index, Index, Index, S*, Index, Index) const {}
+  void multiply(PartsOf, Index, Index, Index, S*, const RowsAhead&, Index, Index) const {}
   Index depth(PartsOf) const { return 0; }
   Index depth_at_once(PartsOf, Index) const { return 1; }
   static bool are_large(const LayerShape&) { return false; }
@@ -120,24 +120,27 @@ class ReverseParts<S, Cell, true> {
     const Index B = job_.batch, count = unit_panels(panels_), blocks = panels_.blocks();
     for (Index u = job_.team.begin(count); u < job_.team.end(count); ++u) {
       Span span;
-      for (Index b = 0; b < B; ++b) {
-        Bfloat16* const to =
-            grads_ + t * step() + b / part_rows * rows() + b % part_rows * part_depth;
-        Largest largest;
-        const auto packet = [&](Index q, Index block) {
-          if (block >= blocks) return _mm512_setzero_ps();
-          const __m512 values = Cell::wide ? _mm512_loadu_ps(grads(u, t * B + b) + block % 4 * p)
-                                           : _mm512_loadu_ps(grads(block, t * B + b) + q * p);
-          largest.add(values);
-          return values;
-        };
+      for (Index tile = 0; tile < B; tile += part_rows) {
+        const Index n = B - tile < part_rows ? B - tile : part_rows;
+        Bfloat16* const to = grads_ + t * step() + tile / part_rows * rows();
+        Largest largest[part_rows];
         for (Index block = 4 * u; block < 4 * u + 4 && block < blocks; block += 2) {
-          for (Index q = 0; q < (Cell::wide ? 1 : Cell::packets); ++q) {
-            split_line(packet(q, block), packet(q, block + 1), parts(),
-                       to + (q * units(panels_) + block * p) * part_rows * parts());
+          for (Index b = 0; b < n; ++b) {
+            const auto packet = [&](Index q, Index block) {
+              if (block >= blocks) return _mm512_setzero_ps();
+              const S* const from = grads(Cell::wide ? u : block, t * B + tile + b);
+              const __m512 values = _mm512_loadu_ps(from + (Cell::wide ? block % 4 : q) * p);
+              largest[b].add(values);
+              return values;
+            };
+            for (Index q = 0; q < (Cell::wide ? 1 : Cell::packets); ++q) {
+              split_line(
+                  packet(q, block), packet(q, block + 1), parts(),
+                  to + (q * units(panels_) + block * p) * part_rows * parts() + b * part_depth);
+            }
           }
         }
-        span.add(largest.all());
+        for (Index b = 0; b < n; ++b) span.add(largest[b].all());
       }
       spans_[t * count + u] = span;
     }
@@ -153,13 +156,14 @@ class ReverseParts<S, Cell, true> {
     return fit(span, PartPanels::span(which == PartsOf::h ? packed_ : packed_x()));
   }
   // Of the gate gradients only [begin, end), where a tile begins.
-  void multiply(PartsOf which, Index t, Index panel, Index Q, S* sums, Index begin,
-                Index end) const {
+  void multiply(PartsOf which, Index t, Index panel, Index Q, S* sums, const RowsAhead& ahead,
+                Index begin, Index end) const {
     const bool of_h = which == PartsOf::h;
     const Index first = Cell::wide ? 0 : (of_h ? Cell::h_first : Cell::x_first) * units(panels_);
     (of_h ? w_hh_ : w_ih_)
         .multiply(*job_.products, job_.batch, grads_ + t * step() + first * part_rows * parts(),
-                  rows(), of_h ? packed_ : packed_x(), panel, Q, sums, 4 * p, nullptr, begin, end);
+                  rows(), of_h ? packed_ : packed_x(), panel, Q, sums, 4 * p, nullptr, ahead, begin,
+                  end);
   }
 
   // Values of a row that the weights are multiplied by; and so many of them that those of `rows`
@@ -309,11 +313,22 @@ class ReverseParts<S, Cell, true> {
           if (!fits(end - 1, i)) continue;
           const Index Q = panels_.packets(j + i, range);
           job_.products->multiply(
-              {parts(), rows, static_cast<int>(Q), depth, end - begin,
-               a.values + row / part_rows * job_.steps * run() + (end - 1) * run(), -run(),
-               job_.steps * run(), tile_width(),
-               pairs(i) + range.first * pairs_packet() + (end - 1) * run(), -run(), pairs_packet(),
-               to(j + i) + row * Q * p, Q * p, nullptr});
+              {parts(),
+               rows,
+               static_cast<int>(Q),
+               depth,
+               end - begin,
+               a.values + row / part_rows * job_.steps * run() + (end - 1) * run(),
+               -run(),
+               job_.steps * run(),
+               tile_width(),
+               pairs(i) + range.first * pairs_packet() + (end - 1) * run(),
+               -run(),
+               pairs_packet(),
+               to(j + i) + row * Q * p,
+               Q * p,
+               nullptr,
+               {}});
         }
       }
       for (Index i = 0; i < n; ++i) {
