@@ -15,6 +15,7 @@ from fastbptt.bench.libraries import PRECISIONS, exact, installed, make_step, ve
 from fastbptt.bench.machine import machine
 from fastbptt.bench.problems import Problem
 from fastbptt.bench.timing import time_problem
+from fastbptt.bench.training_step import widened
 from fastbptt.cli.options import real, sizes
 
 CELLS = ("rnn_tanh", "lstm", "gru")
@@ -32,7 +33,7 @@ def errors(problem: Problem, libraries: tuple[str, ...]) -> dict[str, tuple[floa
     found = {}
     for library in libraries:
         try:
-            got = make_step(library, problem, "float32", 1).run()
+            got = widened(make_step(library, problem, "float32", 1).run())
         except RuntimeError:  # of torch's LSTM, under autocast on a CPU without AVX-512
             continue
         each = [

@@ -9,7 +9,7 @@ import importlib.util
 import numpy as np
 
 from fastbptt.bench.problems import Problem
-from fastbptt.bench.training_step import Array, TrainingStep
+from fastbptt.bench.training_step import Array, TrainingStep, widened
 
 # Where the step of each is; a module is imported when its library is asked for.
 _STEPS = {
@@ -78,7 +78,7 @@ def check_same(
     precision = library.partition(":")[2]
     tolerance = _ROUGH if precision not in ("", "high") else TOLERANCES[dtype]
     tolerance *= _KINK if problem.nonlinearity == "relu" else 1
-    for name, a, b in zip(names, got, wanted, strict=True):
+    for name, a, b in zip(names, widened(got), wanted, strict=True):
         if a.shape != b.shape or a.dtype != dtype:
             raise WrongResultError(
                 f"{library}: {name}: got {a.dtype} {a.shape}, wanted {dtype} {b.shape}"

@@ -32,10 +32,11 @@ class TorchStep:
                 parameter.copy_(torch.from_numpy(weights[name]))
         x, grad_y = make_data(problem, dtype)
         self.x = torch.from_numpy(x).to(inner).requires_grad_()
-        self.grad_y = torch.from_numpy(grad_y)
+        # What comes back has the dtype of y, which autocast chooses.
+        grads = torch.from_numpy(grad_y)
+        self.grad_y = {kind: grads.to(kind) for kind in {inner, grads.dtype, torch.bfloat16}}
         self.inputs = [self.x, *self.layer.parameters()]
         self.torch = torch
-        self.dtype = getattr(torch, dtype)
         self.precision = precision
 
     def run(self) -> list[Array]:
@@ -47,7 +48,10 @@ class TorchStep:
         try:
             with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "autocast"):
                 y, _ = self.layer(self.x)
-            grads = torch.autograd.grad(y, self.inputs, self.grad_y.to(y.dtype))
+            grads = torch.autograd.grad(y, self.inputs, self.grad_y[y.dtype])
         finally:
             torch.set_float32_matmul_precision(before)
-        return [a.detach().to(self.dtype).numpy() for a in (y, *grads)]
+        results = [a.detach() for a in (y, *grads)]
+        return [
+            (a.view(torch.uint16) if a.dtype == torch.bfloat16 else a).numpy() for a in results
+        ]

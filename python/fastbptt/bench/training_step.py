@@ -17,8 +17,20 @@ class TrainingStep(Protocol):
     """Forward, then all gradients, over data that are there already."""
 
     def run(self) -> list[Array]:
-        """Return y, then dL/dx, then the weights' gradients; this is what is timed."""
+        """Return y, then dL/dx, then the weights' gradients; this is what is timed.
+
+        What a library gives in bfloat16 comes as its bits, uint16: to widen it is no part of the
+        step. `widened` does that.
+        """
         ...
+
+
+def widened(results: list[Array]) -> list[Array]:
+    """Return the results, those in bfloat16 as float32."""
+    return [
+        (a.astype(np.uint32) << np.uint32(16)).view(np.float32) if a.dtype == np.uint16 else a
+        for a in results
+    ]
 
 
 def make_layer(
