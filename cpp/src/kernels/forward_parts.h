@@ -2,7 +2,7 @@
 // before its products, by each thread of a team for itself, for where there are many of them a step
 // has few rows.
 //
-//   packed   W_ih and W_hh as PartPanels, with the panels of `Panels`
+//   packed   W_ih and W_hh as PartPanels, like the panels of `Panels`
 //   scratch  tiles of x [steps][B][I] and the Span of each step; of h' [B][R], by thread
 #pragma once
 #include "cells/normalised.h"
@@ -18,7 +18,9 @@ template <class S, class Cell, bool = has_parts<S> && !is_normalised<Cell>>
 class ForwardParts {
  public:
   static Index packed(const LayerShape&) { return 0; }
-  static void pack(const LayerShape&, const S*, S*) {}
+  static void pack(const LayerShape&, const Weights<const S>&, S*) {}
+  template <class Pack>
+  void need_plain(Pack&&) const {}
   static Index scratch(const LayerShape&, Index, Index, int) { return 0; }
   ForwardParts(const ForwardJob<S>&, const Panels<S, Cell>&, const S*, S*) {}
   static constexpr bool used() { return false; }
@@ -42,21 +44,28 @@ class ForwardParts<S, Cell, true> {
   }
   // Whether the weights do not stay in the second cache from step to step.
   static bool are_large(const LayerShape& s) { return packed(s) * Index(sizeof(S)) > second_cache; }
-  // `from`: the float32 panels.
-  static void pack(const LayerShape& s, const S* from, S* to) {
+  static void pack(const LayerShape& s, const Weights<const S>& w, S* to) {
     if (s.options.parts == 0) return;
     const Panels<S, Cell> panels(s);
     const PartPanels x = x_panels(s);
-    const auto of = [&](Range range) {
-      return [&, range](Index j) { return panels.packets(j, range); };
+    const auto pack = [&](const PartPanels& all, const S* weight, Index columns, Range range,
+                          S* at) {
+      all.pack_rows(
+          at, [&](Index j) { return panels.packets(j, range); },
+          [&](Index j, Index q) {
+            return PartPanels::Row{weight + panels.weight_row(j, range.first + q) * columns,
+                                   panels.units(panels.unit(j, range.first + q))};
+          });
     };
-    x.pack(to, of(x_range<Cell>), [&](Index j, Index k) {
-      return panels.x(from, j) + k * panels.packets(j, x_range<Cell>) * p;
-    });
-    h_panels(s).pack(to + x.size(), of(h_range<Cell>), [&](Index j, Index k) {
-      return panels.h(from, j) + k * panels.packets(j, h_range<Cell>) * p;
-    });
+    pack(x, w.w_ih, panels.I, x_range<Cell>, to);
+    pack(h_panels(s), w.w_hh, panels.R, h_range<Cell>, to + x.size());
   }
+  // Before the first product that parts are not for.
+  template <class Pack>
+  void need_plain(Pack&& pack) const {
+    if (used()) PartPanels::once(packed_, pack);
+  }
+
   static Index scratch(const LayerShape& s, Index steps, Index batch, int team) {
     if (s.options.parts == 0) return 0;
     return x_size(s, steps, batch) + spans_size(steps) + team * h_size(s, batch);

@@ -105,8 +105,9 @@ struct ReverseJob {
   PlacedSequence<const S> grad_y;  // data null: zeros
   PlacedSequence<S> grad_x;        // data null: not asked for
   State<S> grad_state;             // like the state, in: after the last step, out: before the first
-  const S* packed;                 // by reverse_pack
-  const S* peephole;               // [P, H], null: none
+  const S* packed;                 // by reverse_pack, from these weights
+  Weights<const S> plain;
+  const S* peephole;  // [P, H], null: none
   Team team;
   S* scratch;           // reverse_scratch elements, begun
   bool fresh;           // the first run since then: nothing has been gathered yet

@@ -47,10 +47,11 @@ class ForwardLayer {
   }
   static void pack(const LayerShape& s, const Weights<const S>& w, S* to) {
     const Panels<S, Cell> panels(s);
-    panels.pack_forward(w, to);
+    panels.pack_bias(w, to);
+    if (s.options.parts == 0) panels.pack_forward(w, to);
     SecondProduct<S, Cell>(s).pack(w, to + panels.size());
     if constexpr (normalised) NormVectors<S, Cell>(s).pack(w, to + norm_offset(s));
-    Parts::pack(s, to, to + norm_offset(s));
+    Parts::pack(s, w, to + norm_offset(s));
   }
 
   static void run(const ForwardJob<S>& job) { ForwardLayer(job).run(); }
@@ -379,6 +380,7 @@ class ForwardLayer {
   }
   void add_rows(const Sequence<const S>& a, Range range, Index j, Index K, const S* panel,
                 S* sums) const {
+    parts_.need_plain([&] { panels_.pack_forward(job_.weights, const_cast<S*>(job_.packed)); });
     const Index Q = panels_.packets(j, range);
     for_row_tiles(job_.batch, Q, [&](Index R, Index row) {
       RowsProduct<S> product(sums + row * width + range.first * p, width, K, panel);

@@ -30,11 +30,10 @@ class ReverseLayer {
   }
   static void pack(const LayerShape& s, const Weights<const S>& w, S* to) {
     const Panels<S, Cell> panels(s);
-    panels.pack_reverse(w.w_hh, panels.R, h_range<Cell>, to);
+    if (s.options.parts == 0) pack_plain(s, w, to);
     SecondProduct<S, Cell>(s).pack_reverse(w, to + second_offset(panels));
-    panels.pack_reverse(w.w_ih, s.input_size, x_range<Cell>, to + x_offset(s));
     if constexpr (normalised) NormVectors<S, Cell>(s).pack(w, to + norm_offset(s));
-    Parts::pack(s, to, to + x_offset(s), to + norm_offset(s));
+    Parts::pack(s, w, to + norm_offset(s));
   }
 
   static Index scratch(const LayerShape& s, Index steps, Index batch, int team) {
@@ -90,6 +89,12 @@ class ReverseLayer {
   }
 
  private:
+  static void pack_plain(const LayerShape& s, const Weights<const S>& w, S* to) {
+    const Panels<S, Cell> panels(s);
+    panels.pack_reverse(w.w_hh, panels.R, h_range<Cell>, to);
+    panels.pack_reverse(w.w_ih, s.input_size, x_range<Cell>, to + x_offset(s));
+  }
+
   static constexpr bool normalised = is_normalised<Cell>;
   static Index norm_vectors(const LayerShape& s) {
     if constexpr (normalised) return NormVectors<S, Cell>(s).size();
@@ -278,7 +283,9 @@ class ReverseLayer {
       };
       if (!in_parts) plain(0, n);
       for (Index first = 0; in_parts && first < n; first += job_.batch) {
-        if (!parts_.fits(factor.parts, (row + first) / job_.batch)) plain(first, job_.batch);
+        if (parts_.fits(factor.parts, (row + first) / job_.batch)) continue;
+        parts_.need_plain([&] { pack_plain(job_.shape, job_.plain, const_cast<S*>(job_.packed)); });
+        plain(first, job_.batch);
       }
     }
   }

@@ -199,7 +199,7 @@ struct Panels {
     return takes_h(q) || (Cell::second == Second::candidate && q == 0);
   }
 
-  void pack_forward(const Weights<const S>& w, S* to) const {
+  void pack_bias(const Weights<const S>& w, S* to) const {
     for (Index j = 0; j < count(); ++j) {
       S* const sums = bias(to, j);
       for (Index i = 0; i < bias_size(); ++i) sums[i] = S(0);
@@ -207,6 +207,10 @@ struct Panels {
         if (takes_b_ih(q)) add_bias(w.b_ih, j, q, sums);
         if (takes_b_hh(q)) add_bias(w.b_hh, j, q, sums);
       }
+    }
+  }
+  void pack_forward(const Weights<const S>& w, S* to) const {
+    for (Index j = 0; j < count(); ++j) {
       pack(w.w_ih, I, j, x_range<Cell>, x(to, j));
       pack(w.w_hh, R, j, h_range<Cell>, h(to, j));
     }

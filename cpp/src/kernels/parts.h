@@ -147,17 +147,27 @@ inline __attribute__((noinline)) std::uint32_t split_row(const float* from, Inde
   return largest.all();
 }
 
-// A packet of rows two by two, for k below `room`; row(k) is null where there is none.
-template <class Row>
-FASTBPTT_INLINE void split_pairs(Index room, int parts, Bfloat16* to, Row&& row) {
-  const auto values = [&](Index k) {
-    const float* const from = row(k);
-    return from ? _mm512_loadu_ps(from) : _mm512_setzero_ps();
-  };
+// A packet of rows two by two, for k below `room`; values(k) are those of row k.
+template <class Values>
+FASTBPTT_INLINE void split_pairs(Index room, int parts, Bfloat16* to, Values&& values) {
   for (Index k = 0; k < room; k += 2) {
-    split_pair(values(k), values(k + 1), parts,
+    const __m512 even = values(k), odd = values(k + 1);
+    split_pair(even, odd, parts,
                to + k / part_depth * parts * part_tile + k % part_depth * part_rows);
   }
+}
+
+// The next part of 16 rows of 32 values as a tile of pairs of their columns.
+FASTBPTT_INLINE void split_turned(Split (&lines)[16], Bfloat16* to) {
+  Eigen::internal::PacketBlock<Packet<float>, 16> block;
+  for (int i = 0; i < 16; ++i) {
+    const __m512i low = Split::rounded(lines[i].low), high = Split::rounded(lines[i].high);
+    block.packet[i] = _mm512_castsi512_ps(Split::in_a_row(low, high));
+    lines[i].low = Split::left(lines[i].low, low);
+    lines[i].high = Split::left(lines[i].high, high);
+  }
+  Eigen::internal::ptranspose(block);
+  for (int i = 0; i < 16; ++i) _mm512_storeu_ps(to + i * 32, block.packet[i]);
 }
 
 // The transpose of `rows` rows of n values, as tiles whose rows are `width` values of k, for k

@@ -3,7 +3,7 @@
 // for the recurrent product and dx; panel by panel and in pairs of rows for the weight gradients,
 // for which x and h' are split transposed.
 //
-//   packed   W_hh and W_ih as PartPanels, with the reverse panels of `Panels`, but the gate
+//   packed   W_hh and W_ih as PartPanels, like the reverse panels of `Panels`, but the gate
 //            gradients in the order packet of the panel, unit, so that those of a range of packets
 //            follow each other, in tiles of their own
 //   scratch  tiles of the gate gradients [steps][B][packets * units] and the Span of each step and
@@ -26,7 +26,9 @@ template <class S, class Cell, bool = has_parts<S> && !is_normalised<Cell>>
 class ReverseParts {
  public:
   static Index packed(const LayerShape&) { return 0; }
-  static void pack(const LayerShape&, const S*, const S*, S*) {}
+  static void pack(const LayerShape&, const Weights<const S>&, S*) {}
+  template <class Pack>
+  void need_plain(Pack&&) const {}
   static Index scratch(const LayerShape&, Index, Index, int) { return 0; }
   ReverseParts(const ReverseJob<S>&, const Panels<S, Cell>&, const S*, S*) {}
   static constexpr bool used() { return false; }
@@ -64,13 +66,17 @@ class ReverseParts<S, Cell, true> {
   static bool are_large(const LayerShape& s) {
     return s.options.parts > 0 && h_panels(s).size() * Index(sizeof(S)) > second_cache;
   }
-  // `h` and `x`: the reverse panels of W_hh and W_ih.
-  static void pack(const LayerShape& s, const S* h, const S* x, S* to) {
+  static void pack(const LayerShape& s, const Weights<const S>& w, S* to) {
     if (s.options.parts == 0) return;
     const P panels(s);
     const PartPanels of_h = h_panels(s);
-    pack(panels, h_range<Cell>, panels.R, h, of_h, to);
-    pack(panels, x_range<Cell>, panels.I, x, x_panels(s), to + of_h.size());
+    pack(panels, h_range<Cell>, panels.R, w.w_hh, of_h, to);
+    pack(panels, x_range<Cell>, panels.I, w.w_ih, x_panels(s), to + of_h.size());
+  }
+  // Before the first product of a run that parts are not for.
+  template <class Pack>
+  void need_plain(Pack&& pack) const {
+    if (used()) PartPanels::once(packed_, pack);
   }
 
   static Index scratch(const LayerShape& s, Index steps, Index batch, int team) {
@@ -199,8 +205,9 @@ class ReverseParts<S, Cell, true> {
     const Index B = job_.batch, packets = Cell::wide ? panels_.packets(j) : Cell::packets;
     for (Index q = 0; q < packets; ++q) {
       for (Index t = 0; t < job_.steps; ++t) {
-        split_pairs(room(), parts(), pairs(i) + q * pairs_packet() + t * run(),
-                    [&](Index b) { return b < B ? grads(j, t * B + b) + q * p : nullptr; });
+        split_pairs(room(), parts(), pairs(i) + q * pairs_packet() + t * run(), [&](Index b) {
+          return b < B ? _mm512_loadu_ps(grads(j, t * B + b) + q * p) : _mm512_setzero_ps();
+        });
       }
     }
   }
@@ -233,15 +240,16 @@ class ReverseParts<S, Cell, true> {
     const P panels(s);
     return {gates(panels, x_range<Cell>), 4, P::reverse_panels(panels.I), s.options.parts};
   }
-  static void pack(const P& panels, Range range, Index columns, const S* from,
+  static void pack(const P& panels, Range range, Index columns, const S* weight,
                    const PartPanels& to_panels, S* to) {
     const auto packets = [=](Index panel) { return P::reverse_packets(columns, panel); };
-    to_panels.pack(to, packets, [&](Index panel, Index k) -> const S* {
-      // There it is panel by panel of units, and then the packets of each.
-      const Index unit = k % units(panels), q = k / units(panels);
-      if (unit >= panels.blocks() * p) return nullptr;
-      const Index at = Cell::wide ? k : (unit / p * range.count + q) * p + unit % p;
-      return panels.reverse_panel(from, range, panel) + at * packets(panel) * p;
+    to_panels.pack_columns(to, packets, [&](Index panel, Index packet, Index k) {
+      const Index unit = k % units(panels), q = k / units(panels),
+                  first = panel * 4 * p + packet * p;
+      if (unit >= panels.H) return PartPanels::Row{nullptr, 0};
+      const Index gate = Cell::gate[Cell::wide ? 0 : range.first + q];
+      return PartPanels::Row{weight + (gate * panels.H + unit) * columns + first,
+                             P::valid(columns, first)};
     });
   }
 

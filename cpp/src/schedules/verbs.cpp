@@ -37,6 +37,10 @@ namespace {
 // that what one layer writes is still in the cache when the next reads it.
 constexpr Index chunk_rows = 256;
 
+// Where weights, and so their gradients, are so many bytes, products of parts wait for memory: each
+// chunk reads and writes all gradients, and twice as many rows halve that.
+constexpr double many_bytes = 16 << 20;
+
 // How far ahead of a copy the rows are fetched that do not lie at one stride.
 constexpr Index bytes_ahead = 8 << 10;
 
@@ -159,7 +163,9 @@ bool asked_to_stop(StopFlag& stop, const Team& team) {
 // a long one.
 Index chunk_steps(const StackShape& s, Index rows, Index T) {
   const double flops = step_flops(s) * (rows == 1 ? 2 : 1);
-  const double most = std::min({double(chunk_rows), chunk_flops / flops, double(T) * rows});
+  const bool many = s.options.parts > 0 && 2.0 * step_flops(s) / s.layers() > many_bytes;
+  const double most =
+      std::min({double(many ? 2 * chunk_rows : chunk_rows), chunk_flops / flops, double(T) * rows});
   const Index steps = std::max<Index>(1, static_cast<Index>(most) / rows);
   if (T >= 4 * steps) return steps;
   const Index chunks = std::max<Index>(1, (2 * T + steps) / (2 * steps));
@@ -1043,6 +1049,7 @@ struct Session<E>::Data {
         }
         job.grad_state = layer_state(shape, state, k, B, w.part.begin);
         job.packed = memory.arena.at(memory.packed[k]);
+        job.plain = weights[k];
         job.team = team;
         job.scratch = scratch_of(memory, p, k);
         job.products = part_products();
