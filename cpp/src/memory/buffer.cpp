@@ -8,6 +8,7 @@
 #include <mutex>
 #include <utility>
 #ifdef __linux__
+#include <malloc.h>
 #include <sys/mman.h>
 #endif
 
@@ -25,6 +26,17 @@ constexpr std::size_t large_block_unit = std::size_t(64) << 10;
 constexpr std::size_t spare = std::size_t(1) << 20;  // for small blocks beyond what was in use
 constexpr std::size_t slack = 4;  // the memory of a forward serves the reverse behind it as well
 constexpr std::size_t line = 64;
+
+// What a large block has, of which so much was asked for.
+#ifdef __linux__
+constexpr bool knows_sizes = true;
+std::size_t large_size(void* data, std::size_t) {
+  return malloc_usable_size(data) / large_block_unit * large_block_unit;
+}
+#else
+constexpr bool knows_sizes = false;
+std::size_t large_size(void*, std::size_t bytes) { return bytes; }
+#endif
 
 bool is_small(std::size_t bytes) { return bytes >= kept_block && bytes < large_block; }
 
@@ -113,17 +125,23 @@ class FreeBlocks {
   }
 
   // A block of this size, or null; or a small one of up to `slack` times as much, whose size
-  // `bytes` then is, as long as such blocks in use stay within what they may come to.
+  // `bytes` then is, as long as such blocks in use stay within what they may come to; or a large
+  // one of up to twice as much: what a forward and the reverse behind it take in turn is one
+  // block then, where both would be too much.
   void* take(std::size_t& bytes) noexcept {
     const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
     if (!lock) return nullptr;
-    const std::size_t most = bytes < large_block ? std::min(slack * bytes, large_block - 1) : bytes;
+    const bool large = bytes >= large_block;
+    const std::size_t most = !large        ? std::min(slack * bytes, large_block - 1)
+                             : knows_sizes ? 2 * bytes
+                                           : bytes;
     Block* best = nullptr;
     for (Block& block : blocks_) {
       if (!block.data || block.bytes < bytes || block.bytes > most) continue;
       if (!best || block.bytes < best->bytes) best = &block;
     }
     if (!best) return nullptr;
+    if (large) return remove(*best);
     const std::size_t held = small_held.load(std::memory_order_relaxed);
     if (best->bytes > bytes && held + best->bytes > small_limit()) return nullptr;
     bytes = best->bytes;
@@ -133,6 +151,7 @@ class FreeBlocks {
     // Never waits: after a fork another thread's lock may stay locked for good.
     const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
     if (!lock) return std::free(data);
+    if (bytes >= large_block) bytes = large_size(data, bytes);
     Block* free = nullptr;
     std::size_t small = 0;
     for (Block& block : blocks_) {
