@@ -444,8 +444,17 @@ class Verbs {
   }
 
   // The same values in another dtype, rounded to nearest.
-  static py::object cast(py::object tensor, Dtype from, Dtype to) {
+  py::object cast(py::object tensor, Dtype from, Dtype to) const {
     if (from == to) return tensor;
+    View wide, narrow;
+    if (to == Dtype::bfloat16 && tensors_.read(tensor, wide) && wide.dtype == Dtype::float32 &&
+        wide.is_dense(wide.axes)) {
+      py::object rounded = tensors_.empty(to, wide, narrow);
+      Index n = 1;
+      for (int i = 0; i < wide.axes; ++i) n *= wide.shape[i];
+      to_bfloat16(wide.at<const float>(), n, narrow.at<Bfloat16>());
+      return rounded;
+    }
     return tensor.attr(to == Dtype::bfloat16 ? "bfloat16" : "float")();
   }
 

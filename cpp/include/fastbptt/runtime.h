@@ -29,6 +29,9 @@ int get_num_threads();
 void set_float32_matmul_precision(MatmulPrecision precision);
 MatmulPrecision get_float32_matmul_precision();
 
+// The nearest bfloat16 of each of n values, of two as near the even one.
+void to_bfloat16(const float* from, Index n, Bfloat16* to);
+
 // While it lives, the calls that this thread makes have so many threads, whatever the setting.
 class ThreadLimit {
  public:

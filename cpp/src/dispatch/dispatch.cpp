@@ -137,6 +137,10 @@ void set_float32_matmul_precision(MatmulPrecision precision) {
 }
 MatmulPrecision get_float32_matmul_precision() { return matmul_precision; }
 
+void to_bfloat16(const float* from, Index n, Bfloat16* to) {
+  kernels().bfloat16.narrow(from, n, to);
+}
+
 CpuInfo cpu_info() {
   CpuInfo info;
   info.isa = chosen().name;

@@ -178,12 +178,19 @@ struct RowsKernels {
                           std::int64_t ignore, double scale);
 };
 
+// Values of one type from those of the other, the nearest where there are fewer of them.
+struct Bfloat16Kernels {
+  void (*widen)(const Bfloat16* from, Index n, float* to);
+  void (*narrow)(const float* from, Index n, Bfloat16* to);
+};
+
 struct KernelTable {
   int vector_bytes;
   const LayerKernels<float>* layer_f32;
   const LayerKernels<double>* layer_f64;
   RowsKernels<float> rows_f32;
   RowsKernels<double> rows_f64;
+  Bfloat16Kernels bfloat16;
   template <class S>
   const LayerKernels<S>& layer() const;
   template <class S>

@@ -245,10 +245,10 @@ void copy_values(const S* from, Index n, S* to) {
   std::copy_n(from, n, to);
 }
 void copy_values(const Bfloat16* from, Index n, float* to) {
-  for (Index i = 0; i < n; ++i) to[i] = widened(from[i]);
+  kernels().bfloat16.widen(from, n, to);
 }
 void copy_values(const float* from, Index n, Bfloat16* to) {
-  for (Index i = 0; i < n; ++i) to[i] = narrowed(from[i]);
+  kernels().bfloat16.narrow(from, n, to);
 }
 
 // Fetches the row that is copied some rows behind row j of step s: rows that lie unevenly come from
