@@ -32,6 +32,7 @@ class ForwardParts {
   void multiply_x(Index, Index, S*, Index, const S*) const {}
   void multiply_h(Index, S*, Index, const RowsAhead&) const {}
   static bool are_large(const LayerShape&) { return false; }
+  static bool x_goes_ahead(const LayerShape&) { return false; }
 };
 
 #ifdef EIGEN_VECTORIZE_AVX512
@@ -42,8 +43,13 @@ class ForwardParts<S, Cell, true> {
   static Index packed(const LayerShape& s) {
     return s.options.parts > 0 ? x_panels(s).size() + h_panels(s).size() : 0;
   }
-  // Whether the weights do not stay in the second cache from step to step.
+  // Whether the weights do not stay in the second cache from step to step; and whether they are so
+  // much more that to read those of x for each step costs more than to keep its sums, which would
+  // push out others.
   static bool are_large(const LayerShape& s) { return packed(s) * Index(sizeof(S)) > second_cache; }
+  static bool x_goes_ahead(const LayerShape& s) {
+    return packed(s) * Index(sizeof(S)) > second_cache / 2 * 5;
+  }
   static void pack(const LayerShape& s, const Weights<const S>& w, S* to) {
     if (s.options.parts == 0) return;
     const Panels<S, Cell> panels(s);

@@ -105,9 +105,9 @@ class ForwardLayer {
   // step to step, the input product runs ahead over all steps, where a panel serves more rows.
   // Normalised, it goes ahead always, even where nothing is packed.
   static bool x_goes_ahead(const LayerShape& s, const Panels<S, Cell>& panels, Index batch) {
-    if (normalised || Parts::are_large(s)) return true;
-    const Index weights = panels.count() * panels.x_size() * Index(sizeof(S));
-    return batch <= few_rows || weights > second_cache;
+    if (normalised || batch <= few_rows) return true;
+    if (s.options.parts > 0) return Parts::x_goes_ahead(s);
+    return panels.count() * panels.x_size() * Index(sizeof(S)) > second_cache;
   }
 
   // Bytes of the weights that a step reads.
