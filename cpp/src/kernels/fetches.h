@@ -17,11 +17,9 @@ struct RowFetch {
   Index row, lines, step;  // bytes from row to row, lines of each, bytes between them
   const Index* places;     // which row each is; null: as they come
 
-  // To the first cache, or to the second.
-  template <bool second = false>
   FASTBPTT_INLINE void fetch(Index r) const {
     const char* at = from + (places ? places[r] : r) * row;
-    for (Index n = 0; n < lines; ++n, at += step) __builtin_prefetch(at, 0, second ? 2 : 3);
+    for (Index n = 0; n < lines; ++n, at += step) __builtin_prefetch(at);
   }
 };
 
@@ -56,17 +54,6 @@ class RowFetches {
   }
   FASTBPTT_INLINE void fetch(Index begin, Index end) const {
     for (; begin < end; ++begin) fetch(begin);
-  }
-  // For a product of parts, whose own operands fill the first cache.
-  RowsAhead ahead() const {
-    if (count_ == 0) return {};
-    return {[](const void* rows, Index begin, Index end) {
-              const RowFetches& all = *static_cast<const RowFetches*>(rows);
-              for (; begin < end; ++begin) {
-                for (int i = 0; i < all.count_; ++i) all.fetches_[i].fetch<true>(begin);
-              }
-            },
-            this};
   }
 
  private:

@@ -30,7 +30,7 @@ class ForwardParts {
   bool x_fits(Index) const { return false; }
   bool h_fits() const { return false; }
   void multiply_x(Index, Index, S*, Index, const S*) const {}
-  void multiply_h(Index, S*, Index, const RowsAhead&) const {}
+  void multiply_h(Index, S*, Index) const {}
   static bool are_large(const LayerShape&) { return false; }
   static bool x_goes_ahead(const LayerShape&) { return false; }
 };
@@ -116,11 +116,11 @@ class ForwardParts<S, Cell, true> {
   // Panel j of the sums, [B] rows of `width`, from the bias on, or from what they are.
   void multiply_x(Index t, Index j, S* sums, Index width, const S* bias) const {
     w_ih_.multiply(*job_.products, job_.batch, x_ + t * x_step(), rows(panels_.I), packed_, j,
-                   panels_.packets(j, x_range<Cell>), sums, width, bias, {}, 0, panels_.I);
+                   panels_.packets(j, x_range<Cell>), sums, width, bias, 0, panels_.I);
   }
-  void multiply_h(Index j, S* sums, Index width, const RowsAhead& ahead) const {
+  void multiply_h(Index j, S* sums, Index width) const {
     w_hh_.multiply(*job_.products, job_.batch, h_, rows(panels_.R), packed_h(), j,
-                   panels_.packets(j, h_range<Cell>), sums, width, nullptr, ahead, 0, panels_.R);
+                   panels_.packets(j, h_range<Cell>), sums, width, nullptr, 0, panels_.R);
   }
 
  private:

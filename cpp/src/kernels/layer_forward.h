@@ -4,7 +4,6 @@
 #pragma once
 #include "cells/optioned.h"
 #include "kernels/direct_product.h"
-#include "kernels/fetches.h"
 #include "kernels/forward_parts.h"
 #include "kernels/layer_norm.h"
 #include "kernels/micro_kernel.h"
@@ -339,25 +338,13 @@ class ForwardLayer {
     }
   }
 
-  void add_tape(Index t, Index j, RowFetches& soon) const {
-    if constexpr (Cell::tape > 0) {
-      const Index first = panels_.unit(j, 0) * Cell::tape, n = p * Cell::tape;
-      if (job_.tape.wide.data)
-        soon.add(values_of(job_.tape.wide.at(t, 0) + first, job_.tape.wide.row, n));
-      if (job_.tape.narrow.data)
-        soon.add(values_of(job_.tape.narrow.at(t, 0) + first, job_.tape.narrow.row, n));
-    }
-  }
-
   // The same with products of parts, as far as the step's values allow them.
   void step_panel_in_parts(Index t, Index j) {
     const Index B = job_.batch;
     S* const sums = ahead_ ? ahead(j, t * B) : sums_;
     if (!ahead_) start_with_x(t, j, sums);
     if (parts_.h_fits()) {
-      RowFetches soon;
-      add_tape(t, j, soon);
-      parts_.multiply_h(j, sums + Cell::h_first * p, width, soon.ahead());
+      parts_.multiply_h(j, sums + Cell::h_first * p, width);
     } else {
       add_rows(h_, h_range<Cell>, j, panels_.R, panels_.h(job_.packed, j), sums);
     }

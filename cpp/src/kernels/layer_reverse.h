@@ -249,7 +249,7 @@ class ReverseLayer {
     const bool turns = turns_back(n, tile_rows(4), bytes) || Parts::are_large(job_.shape);
     const bool back = split && turns && row / n % 2 == 1;
     const bool in_parts = weights && parts_.used() && factor.parts != PartsOf::none;
-    if (in_parts) product_in_parts(factor.parts, back, row, n, columns, start, end, wants);
+    if (in_parts) product_in_parts(factor.parts, back, row, n, columns, start, end);
     for (Index k = from; k < to; ++k) {
       const Index panel = back ? from + to - 1 - k : k;
       const Index Q = Panels<S, Cell>::reverse_packets(columns, panel);
@@ -292,9 +292,9 @@ class ReverseLayer {
 
   // The same for the steps whose products are made of parts: the gate gradients in pieces that stay
   // in the second cache, as all panels meet a piece before the next.
-  template <class Start, class End, class Wants>
+  template <class Start, class End>
   FASTBPTT_INLINE void product_in_parts(PartsOf which, bool back, Index row, Index n, Index columns,
-                                        Start&& start, End&& end, const Wants& wants) const {
+                                        Start&& start, End&& end) const {
     const Index B = job_.batch, panels = Panels<S, Cell>::reverse_panels(columns);
     const Index from = job_.team.begin(panels), to = job_.team.end(panels);
     const Index depth = parts_.depth(which), piece = parts_.depth_at_once(which, n);
@@ -308,9 +308,7 @@ class ReverseLayer {
           if (!parts_.fits(which, t)) continue;
           S* const sums = sums_ + ((panel - from) * n + first) * 4 * p;
           if (k == 0) start(sums, B, first, Q, panel);
-          RowFetches soon;
-          if (stop == depth) wants(soon, first, Q, panel);
-          parts_.multiply(which, t, panel, Q, sums, soon.ahead(), k, stop);
+          parts_.multiply(which, t, panel, Q, sums, k, stop);
           if (stop == depth) end(sums, B, first, Q, panel);
         }
       }

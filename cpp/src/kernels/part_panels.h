@@ -104,7 +104,7 @@ class PartPanels {
   // [begin, end) of a row, where a tile begins.
   void multiply(const PartProducts& products, Index rows, const Bfloat16* a, Index a_rows,
                 const float* packed, Index j, Index Q, float* sums, Index sums_row,
-                const float* start, const RowsAhead& ahead, Index begin, Index end) const {
+                const float* start, Index begin, Index end) const {
     const Index at = begin * part_rows * parts_;
     products.multiply({parts_, rows, static_cast<int>(Q), padded(end - begin, products.depth), 1,
                        a + at, 0, a_rows, part_depth,

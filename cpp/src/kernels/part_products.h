@@ -23,13 +23,6 @@ constexpr Index part_rows = 16;
 constexpr Index part_depth = 32;
 constexpr Index part_tile = part_rows * part_depth;
 
-// What the caller reads behind a product, row by row, is fetched while it runs: fetch(rows, begin,
-// end), or nothing if that is null.
-struct RowsAhead {
-  void (*fetch)(const void* rows, Index begin, Index end) = nullptr;
-  const void* rows = nullptr;
-};
-
 // sums[r][n] = start[n], or sums[r][n] where that is null, plus the sum over runs and k < K of
 // a(r, k) * panel(k, n), for r < rows and n < packets * 16.
 //   a      value (r, k) of part i is a[run * a_run + r / 16 * a_rows +
@@ -57,7 +50,6 @@ struct PartsProduct {
   float* sums;
   Index sums_row;
   const float* start;
-  RowsAhead ahead;
 };
 
 struct PartProducts {

@@ -37,7 +37,7 @@ class ReverseParts {
   template <class Grads>
   void split_grads(Index, Grads&&) {}
   bool fits(PartsOf, Index) const { return false; }
-  void multiply(PartsOf, Index, Index, Index, S*, const RowsAhead&, Index, Index) const {}
+  void multiply(PartsOf, Index, Index, Index, S*, Index, Index) const {}
   Index depth(PartsOf) const { return 0; }
   Index depth_at_once(PartsOf, Index) const { return 1; }
   static bool are_large(const LayerShape&) { return false; }
@@ -162,14 +162,13 @@ class ReverseParts<S, Cell, true> {
     return fit(span, PartPanels::span(which == PartsOf::h ? packed_ : packed_x()));
   }
   // Of the gate gradients only [begin, end), where a tile begins.
-  void multiply(PartsOf which, Index t, Index panel, Index Q, S* sums, const RowsAhead& ahead,
-                Index begin, Index end) const {
+  void multiply(PartsOf which, Index t, Index panel, Index Q, S* sums, Index begin,
+                Index end) const {
     const bool of_h = which == PartsOf::h;
     const Index first = Cell::wide ? 0 : (of_h ? Cell::h_first : Cell::x_first) * units(panels_);
     (of_h ? w_hh_ : w_ih_)
         .multiply(*job_.products, job_.batch, grads_ + t * step() + first * part_rows * parts(),
-                  rows(), of_h ? packed_ : packed_x(), panel, Q, sums, 4 * p, nullptr, ahead, begin,
-                  end);
+                  rows(), of_h ? packed_ : packed_x(), panel, Q, sums, 4 * p, nullptr, begin, end);
   }
 
   // Values of a row that the weights are multiplied by; and so many of them that those of `rows`
@@ -321,22 +320,11 @@ class ReverseParts<S, Cell, true> {
           if (!fits(end - 1, i)) continue;
           const Index Q = panels_.packets(j + i, range);
           job_.products->multiply(
-              {parts(),
-               rows,
-               static_cast<int>(Q),
-               depth,
-               end - begin,
-               a.values + row / part_rows * job_.steps * run() + (end - 1) * run(),
-               -run(),
-               job_.steps * run(),
-               tile_width(),
-               pairs(i) + range.first * pairs_packet() + (end - 1) * run(),
-               -run(),
-               pairs_packet(),
-               to(j + i) + row * Q * p,
-               Q * p,
-               nullptr,
-               {}});
+              {parts(), rows, static_cast<int>(Q), depth, end - begin,
+               a.values + row / part_rows * job_.steps * run() + (end - 1) * run(), -run(),
+               job_.steps * run(), tile_width(),
+               pairs(i) + range.first * pairs_packet() + (end - 1) * run(), -run(), pairs_packet(),
+               to(j + i) + row * Q * p, Q * p, nullptr});
         }
       }
       for (Index i = 0; i < n; ++i) {

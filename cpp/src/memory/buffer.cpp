@@ -27,17 +27,6 @@ constexpr std::size_t spare = std::size_t(1) << 20;  // for small blocks beyond 
 constexpr std::size_t slack = 4;  // the memory of a forward serves the reverse behind it as well
 constexpr std::size_t line = 64;
 
-// What a large block has, of which so much was asked for.
-#ifdef __linux__
-constexpr bool knows_sizes = true;
-std::size_t large_size(void* data, std::size_t) {
-  return malloc_usable_size(data) / large_block_unit * large_block_unit;
-}
-#else
-constexpr bool knows_sizes = false;
-std::size_t large_size(void*, std::size_t bytes) { return bytes; }
-#endif
-
 bool is_small(std::size_t bytes) { return bytes >= kept_block && bytes < large_block; }
 
 // What Linux thinks it can still give without swapping; no limit where that is not known.
@@ -108,10 +97,21 @@ void uncount(std::size_t bytes, std::size_t block) {
   small_live.fetch_sub(bytes, std::memory_order_relaxed);
 }
 
+#if defined(MADV_FREE) && !defined(__SANITIZE_ADDRESS__)
 // What small blocks may come to, those that lie free with those in use.
 std::size_t small_limit() { return most_small.load(std::memory_order_relaxed) + spare; }
 
-#if defined(MADV_FREE) && !defined(__SANITIZE_ADDRESS__)
+// What a large block has, of which so much was asked for.
+#ifdef __linux__
+constexpr bool knows_sizes = true;
+std::size_t large_size(void* data, std::size_t) {
+  return malloc_usable_size(data) / large_block_unit * large_block_unit;
+}
+#else
+constexpr bool knows_sizes = false;
+std::size_t large_size(void*, std::size_t bytes) { return bytes; }
+#endif
+
 // Large blocks that were freed, for the next training step, which wants the same again: to get them
 // from the system each time costs a tenth of a step, and half of one where it has to move other
 // pages to make huge ones. While large ones lie here the system may take their pages (MADV_FREE).

@@ -42,25 +42,6 @@ inline void each(F&& f) {
   }
 }
 
-// The rows that are fetched, a share of them with each step of k of all blocks.
-class Ahead {
- public:
-  Ahead(const PartsProduct& product, Index steps)
-      : ahead_(product.ahead), rows_(product.rows), steps_(steps) {}
-
-  void step() {
-    if (!ahead_.fetch) return;
-    const Index begin = row_;
-    for (done_ += rows_; done_ >= steps_; done_ -= steps_) ++row_;
-    if (row_ > begin) ahead_.fetch(ahead_.rows, begin, row_);
-  }
-
- private:
-  const RowsAhead& ahead_;
-  const Index rows_, steps_;
-  Index done_ = 0, row_ = 0;
-};
-
 // R tiles of rows by N packets. Sums are in tiles 0 to 3, a in 4 and 5, the panel in those behind.
 template <int parts, int R, int N>
 class Block {
@@ -68,9 +49,8 @@ class Block {
   static constexpr int first_a = 4, first_b = 4 + R, tiles_b = 8 - first_b;
 
  public:
-  Block(const PartsProduct& product, Index row, int packet, Ahead& ahead)
+  Block(const PartsProduct& product, Index row, int packet)
       : p_(product),
-        ahead_(ahead),
         a_(product.a + row / tile_rows * product.a_rows),
         panel_(product.panel + packet * product.panel_packet),
         sums_(product.sums + row * product.sums_row + packet * 16),
@@ -84,7 +64,6 @@ class Block {
       const Bfloat16* panel = panel_ + run * p_.panel_run;
       for (Index k = 0; k < p_.K; k += tile_depth) {
         multiply_parts(a, panel);
-        ahead_.step();
         a += parts * part_tile;
         panel += parts * part_tile;
       }
@@ -151,7 +130,6 @@ class Block {
   }
 
   const PartsProduct& p_;
-  Ahead& ahead_;
   const Bfloat16* const a_;
   const Bfloat16* const panel_;
   float* const sums_;
@@ -160,34 +138,30 @@ class Block {
 };
 
 template <int parts, int R, int N>
-__attribute__((noinline)) void multiply_block(const PartsProduct& product, Index row, int packet,
-                                              Ahead& ahead) {
-  Block<parts, R, N>(product, row, packet, ahead).run();
+__attribute__((noinline)) void multiply_block(const PartsProduct& product, Index row, int packet) {
+  Block<parts, R, N>(product, row, packet).run();
 }
 
 template <int parts>
 void multiply_parts(const PartsProduct& product) {
-  const Index pairs_of_rows = (product.rows + 2 * tile_rows - 1) / (2 * tile_rows);
-  const Index blocks = product.rows > tile_rows ? pairs_of_rows * ((product.packets + 1) / 2) : 1;
-  Ahead ahead(product, blocks * product.runs * (product.K / tile_depth));
   Index row = 0;
   for (; product.rows - row > tile_rows; row += 2 * tile_rows) {
     int packet = 0;
     for (; packet + 2 <= product.packets; packet += 2) {
-      multiply_block<parts, 2, 2>(product, row, packet, ahead);
+      multiply_block<parts, 2, 2>(product, row, packet);
     }
-    if (packet < product.packets) multiply_block<parts, 2, 1>(product, row, packet, ahead);
+    if (packet < product.packets) multiply_block<parts, 2, 1>(product, row, packet);
   }
   if (row >= product.rows) return;
   switch (product.packets) {
     case 1:
-      return multiply_block<parts, 1, 1>(product, row, 0, ahead);
+      return multiply_block<parts, 1, 1>(product, row, 0);
     case 2:
-      return multiply_block<parts, 1, 2>(product, row, 0, ahead);
+      return multiply_block<parts, 1, 2>(product, row, 0);
     case 3:
-      return multiply_block<parts, 1, 3>(product, row, 0, ahead);
+      return multiply_block<parts, 1, 3>(product, row, 0);
     default:
-      return multiply_block<parts, 1, 4>(product, row, 0, ahead);
+      return multiply_block<parts, 1, 4>(product, row, 0);
   }
 }
 

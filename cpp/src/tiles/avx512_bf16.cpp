@@ -79,11 +79,10 @@ void with_constant(Index n, F&& body) {
 }
 
 template <int Q>
-void multiply_rows(const PartsProduct& product, Index begin, Index end, const RowsAhead& ahead) {
+void multiply_rows(const PartsProduct& product, Index begin, Index end) {
   Index tiles = (product.rows + tile_rows(Q) - 1) / tile_rows(Q);
   for (Index row = 0; row < product.rows; --tiles) {
     const Index R = (product.rows - row + tiles - 1) / tiles;
-    if (ahead.fetch) ahead.fetch(ahead.rows, row, row + R);
     with_constant<tile_rows(Q)>(R, [&](auto r) { multiply_tile<r, Q>(product, row, begin, end); });
     row += R;
   }
@@ -97,8 +96,7 @@ void multiply(const PartsProduct& product) {
   const Index passes = whole ? 1 : (tiles + fit - 1) / fit;
   for (Index i = 0; i < passes; ++i) {
     with_constant<4>(product.packets, [&](auto q) {
-      multiply_rows<q>(product, tiles * i / passes, tiles * (i + 1) / passes,
-                       i == passes - 1 ? product.ahead : RowsAhead{});
+      multiply_rows<q>(product, tiles * i / passes, tiles * (i + 1) / passes);
     });
   }
 }
