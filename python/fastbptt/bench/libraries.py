@@ -34,7 +34,7 @@ PRECISIONS = (
 # In norm, relative to the result in float64.
 TOLERANCES = {"float32": 1e-3, "float64": 1e-8}
 # Eight bits, and what a recurrent network makes of their errors over hundreds of steps.
-_ROUGH = 0.3
+ROUGH = 0.3
 # At the kink of the relu a rounding error decides whether the error of that one unit and step
 # passes; a thousand units lose 2e-3 of their gradient by one of them.
 _KINK = 10
@@ -76,7 +76,7 @@ def check_same(
     """Raise `WrongResultError` unless each array is near the wanted one, in norm."""
     names = ("y", "grad_x", "weight_ih", "weight_hh", "bias_ih", "bias_hh")
     precision = library.partition(":")[2]
-    tolerance = _ROUGH if precision not in ("", "high") else TOLERANCES[dtype]
+    tolerance = ROUGH if precision not in ("", "high") else TOLERANCES[dtype]
     tolerance *= _KINK if problem.nonlinearity == "relu" else 1
     for name, a, b in zip(names, widened(got), wanted, strict=True):
         if a.shape != b.shape or a.dtype != dtype:
