@@ -52,6 +52,4 @@ class TorchStep:
         finally:
             torch.set_float32_matmul_precision(before)
         results = [a.detach() for a in (y, *grads)]
-        return [
-            (a.view(torch.uint16) if a.dtype == torch.bfloat16 else a).numpy() for a in results
-        ]
+        return [(a.view(torch.uint16) if a.dtype == torch.bfloat16 else a).numpy() for a in results]
