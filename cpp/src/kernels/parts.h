@@ -117,7 +117,9 @@ struct Split {
 
 // The first n of up to 16 values, and zeros.
 FASTBPTT_INLINE __m512 load16(const float* from, Index n) {
-  return n >= 16 ? _mm512_loadu_ps(from) : n <= 0 ? _mm512_setzero_ps() : __m512(load(from, n));
+  if (n >= 16) return _mm512_loadu_ps(from);
+  if (n <= 0) return _mm512_setzero_ps();
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), from);
 }
 
 // 32 values as a row of a tile.
