@@ -221,7 +221,7 @@ class ReverseParts<S, Cell, true> {
 
  private:
   static constexpr Index depth_bytes = 384 * 1024;
-  static constexpr Index columns_at_once = 2 * part_rows;
+  static constexpr Index columns_at_once = 8 * part_rows;
   static constexpr Index most_panels = 4;
   static constexpr Index line = 16;  // floats of a cache line, where all begins
 
