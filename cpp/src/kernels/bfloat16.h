@@ -14,13 +14,6 @@ typedef float FloatVector __attribute__((vector_size(float_lanes * 4)));
 typedef std::uint32_t BitsVector __attribute__((vector_size(float_lanes * 4)));
 typedef std::uint16_t Bfloat16Vector __attribute__((vector_size(float_lanes * 2)));
 
-// The bits of a finite float32 with half of what its lower half can hold added, a little less where
-// the upper half is even: then the upper half is the nearest bfloat16. Of a lane or of many.
-template <class Bits>
-FASTBPTT_INLINE Bits rounded_in_upper_half(const Bits& bits) {
-  return bits + (0x7fffu + ((bits >> 16) & 1u));
-}
-
 // The bits of the nearest bfloat16, of two as near the even one, in the lower half of each lane.
 // NaN stays NaN: to round it as the others could carry it into infinity or zero.
 FASTBPTT_INLINE BitsVector nearest_bfloat16(const Packet<float>& value) {
@@ -28,7 +21,9 @@ FASTBPTT_INLINE BitsVector nearest_bfloat16(const Packet<float>& value) {
   BitsVector bits;
   std::memcpy(&x, &value, sizeof x);
   std::memcpy(&bits, &value, sizeof bits);
-  const BitsVector rounded = rounded_in_upper_half(bits) >> 16;
+  // With half of what the lower half can hold added, a little less where the upper half is even,
+  // the upper half of a finite number is the nearest.
+  const BitsVector rounded = (bits + (0x7fffu + ((bits >> 16) & 1u))) >> 16;
   return x == x ? rounded : ((bits >> 16) | 0x40u);
 }
 

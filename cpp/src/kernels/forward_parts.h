@@ -158,17 +158,12 @@ class ForwardParts<S, Cell, true> {
   // they are zeros, as on the way back.
   Span split(const Sequence<const S>& from, Index columns, Bfloat16* to,
              const Sequence<const bool>& there) const {
-    alignas(64) static constexpr S zeros[part_depth] = {};
+    const Index room = PartPanels::room(columns);
     Span span;
     for (Index b = 0; b < job_.batch; ++b) {
+      const bool missing = there.data && !*there.at(0, b);
       Bfloat16* const row = to + b / part_rows * rows(columns) + b % part_rows * part_depth;
-      if (there.data && !*there.at(0, b)) {
-        for (Index k = 0; k < columns; k += part_depth) {
-          split_row(zeros, part_depth, parts(), row + k * part_rows * parts());
-        }
-      } else {
-        span.add(split_row(from.at(0, b), columns, parts(), row));
-      }
+      span.add(split_row(from.at(0, b), missing ? 0 : columns, room, parts(), row));
     }
     return span;
   }

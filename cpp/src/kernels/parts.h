@@ -136,11 +136,11 @@ FASTBPTT_INLINE void split_pair(const __m512& even, const __m512& odd, int parts
   });
 }
 
-// A row of n values in tiles, with zeros behind them. Returns its largest magnitude.
-inline __attribute__((noinline)) std::uint32_t split_row(const float* from, Index n, int parts,
-                                                         Bfloat16* to) {
+// A row of n values in tiles, with zeros behind them up to `room`. Returns its largest magnitude.
+inline __attribute__((noinline)) std::uint32_t split_row(const float* from, Index n, Index room,
+                                                         int parts, Bfloat16* to) {
   Largest largest;
-  for (Index k = 0; k < n; k += part_depth, to += parts * part_tile) {
+  for (Index k = 0; k < room; k += part_depth, to += parts * part_tile) {
     const __m512 low = load16(from + k, n - k), high = load16(from + k + 16, n - k - 16);
     largest.add(low);
     largest.add(high);

@@ -15,6 +15,9 @@ extern const PartProducts part_products;
 
 namespace {
 
+static_assert(part_rows == tile_rows && part_depth == tile_depth,
+              "tiles of operands are read whole");
+
 // Not those of the standard library, whose copies of another instruction set the linker might keep.
 inline Index least(Index a, Index b) { return a < b ? a : b; }
 
