@@ -352,7 +352,18 @@ class ForwardLayer {
     for (Index b = 0; b < B; ++b) finish_apart(t, j, b, sums + b * width);
   }
   __attribute__((noinline)) void finish_rows(Index t, Index j, const S* sums) const {
-    for (Index b = 0; b < job_.batch; ++b) finish<true>(t, j, b, sums + b * width);
+    for (Index b = 0; b < job_.batch; ++b) {
+      if (b + rows_ahead < job_.batch) fetch_results(t, j, b + rows_ahead);
+      finish<true>(t, j, b, sums + b * width);
+    }
+  }
+  // Rows whose results are fetched ahead of their cells: stores to memory that no cache has would
+  // hold up what comes behind them.
+  static constexpr Index rows_ahead = 4;
+  FASTBPTT_INLINE void fetch_results(Index t, Index j, Index b) const {
+    fetch_tape(t, j, b);
+    if (second_.projects()) return;
+    fetch(job_.y.at(t, b) + panels_.unit(j, 0), Cell::wide ? panels_.packets(j) * p : p);
   }
   void start_with_x(Index t, Index j, S* sums) const {
     const bool in_parts = parts_.x_fits(t);

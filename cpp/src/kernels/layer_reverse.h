@@ -291,7 +291,8 @@ class ReverseLayer {
   }
 
   // The same for the steps whose products are made of parts: the gate gradients in pieces that stay
-  // in the second cache, as all panels meet a piece before the next.
+  // in the second cache, as all panels meet a piece before the next. What ends a single step, its
+  // cells, goes row by row, as what they read lies in memory.
   template <class Start, class End>
   FASTBPTT_INLINE void product_in_parts(PartsOf which, bool back, Index row, Index n, Index columns,
                                         Start&& start, End&& end) const {
@@ -309,8 +310,15 @@ class ReverseLayer {
           S* const sums = sums_ + ((panel - from) * n + first) * 4 * p;
           if (k == 0) start(sums, B, first, Q, panel);
           parts_.multiply(which, t, panel, Q, sums, k, stop);
-          if (stop == depth) end(sums, B, first, Q, panel);
+          if (stop == depth && n > B) end(sums, B, first, Q, panel);
         }
+      }
+    }
+    if (n > B || !parts_.fits(which, row / B)) return;
+    for (Index b = 0; b < B; ++b) {
+      for (Index panel = from; panel < to; ++panel) {
+        const Index Q = Panels<S, Cell>::reverse_packets(columns, panel);
+        end(sums_ + ((panel - from) * B + b) * 4 * p, 1, b, Q, panel);
       }
     }
   }
@@ -409,13 +417,24 @@ class ReverseLayer {
                                 To&& soon) const {
     if (Cell::tape == 0 || !tape.data) return;
     soon.add(values_of(tape.at(t, b) + first * Cell::tape, tape.row, Q * p * Cell::tape));
-    if (!Cell::has_c || t == 0) return;
-    // Of the step before only c, the last run of each packet.
-    constexpr Index size = Index(sizeof(T));
-    const T* const c = tape.at(t - 1, b) + (first + p) * Cell::tape - p;
-    soon.add(RowFetch{reinterpret_cast<const char*>(c), tape.row * size, Q, p * Cell::tape * size,
-                      nullptr});
+    if (Cell::has_c && t > 0) soon.add(cells_of(tape, t - 1, b, first, Q));
   }
+  // Of a tape only c, the last run of each packet.
+  template <class T>
+  FASTBPTT_INLINE static RowFetch cells_of(const Sequence<T>& tape, Index t, Index b, Index first,
+                                           Index Q) {
+    constexpr Index size = Index(sizeof(T));
+    const T* const c = tape.at(t, b) + (first + p) * Cell::tape - p;
+    return {reinterpret_cast<const char*>(c), tape.row * size, Q, p * Cell::tape * size, nullptr};
+  }
+  // Row by row, c of the step before is all that the processor does not see coming.
+  FASTBPTT_INLINE void fetch_cells(Index t, Index b, Index Q, Index panel) const {
+    const auto& [wide, narrow] = job_.tape;
+    if (!Cell::has_c || t < 0 || b >= job_.batch) return;
+    if (wide.data) cells_of(wide, t, b, panel * 4 * p, Q).fetch(0);
+    if (narrow.data) cells_of(narrow, t, b, panel * 4 * p, Q).fetch(0);
+  }
+  static constexpr Index rows_ahead = 2;
 
   void step(Index t) {
     const Index B = job_.batch, K = panels_.R;
@@ -430,6 +449,7 @@ class ReverseLayer {
         },
         [&](S* sums, Index R, Index b, Index Q, Index panel) {
           for (Index r = 0; r < R; ++r) {
+            if (parts_.used()) fetch_cells(t - 1, b + r + rows_ahead, Q, panel);
             if (optioned_) {
               step_optioned(t, b + r, Q, panel, sums + r * 4 * p);
             } else if ((panel * 4 + Q) * p <= K) {
