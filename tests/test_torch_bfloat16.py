@@ -109,14 +109,18 @@ def test_cells(kind, on_the_core):
         near(got, exact(theirs, x, state))
 
 
+@pytest.mark.parametrize("layout", ["few", "chunks", "batch first"])
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("kind", LAYERS)
-def test_it_is_the_layer_of_numpy(kind, bidirectional, on_the_core):
+def test_it_is_the_layer_of_numpy(kind, bidirectional, layout, on_the_core):
     """To the bit, and the gradients are its float32 ones, rounded once."""
-    theirs = getattr(fb, kind)(I, H, 2, dtype="bfloat16", bidirectional=bidirectional, seed=0)
-    ours = getattr(ft, kind)(I, H, 2, dtype=BF16, bidirectional=bidirectional)
+    options = {"bidirectional": bidirectional, "batch_first": layout == "batch first"}
+    theirs = getattr(fb, kind)(I, H, 2, dtype="bfloat16", seed=0, **options)
+    ours = getattr(ft, kind)(I, H, 2, dtype=BF16, **options)
     ours.load_state_dict({n: from_numpy(w) for n, w in theirs.weights.items()})
-    x = torch.randn(T, B, I, dtype=BF16, requires_grad=True)
+    # What goes in and comes back is widened and rounded in chunks of 256 rows.
+    sizes = (60, 17) if layout == "chunks" else (T, B)
+    x = torch.randn(*sizes, I, dtype=BF16, requires_grad=True)
     y, last = ours(x)
     grad_y = torch.randn(y.shape, dtype=BF16)
     y.backward(grad_y)

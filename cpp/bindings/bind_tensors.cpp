@@ -171,7 +171,10 @@ class Verbs {
     const View y_shape = with_last_axis(in.x, D * R);
     const Dtype wide = in.wide();
     const View y_at = given("y", y, in, in.dtype, y_shape, rows, kept);
-    const View grad_y_at = given("grad_y", grad_y, in, wide, y_shape, rows, kept);
+    // As autograd has them: those of what is bfloat16 are that.
+    const bool narrow = in.dtype == Dtype::bfloat16 && in.given[0] == Dtype::bfloat16;
+    const Dtype outer = narrow ? Dtype::bfloat16 : wide;
+    const View grad_y_at = given("grad_y", grad_y, in, outer, y_shape, rows, kept);
     const View h_shape = of_shape({L, in.B, R}), c_shape = of_shape({L, in.B, H});
     const View grad_h_at = given("grad_h", grad_last_h, in, wide, h_shape, whole, kept);
     const View grad_c_at = given("grad_c", grad_last_c, in, wide, c_shape, whole, kept);
@@ -183,13 +186,14 @@ class Verbs {
     }
 
     py::tuple results(count);
-    const auto make = [&](std::size_t i, const View& shape) {
+    const auto make_as = [&](Dtype dtype, std::size_t i, const View& shape) {
       View at;
-      results[i] = tensors_.empty(wide, shape, at);
+      results[i] = tensors_.empty(dtype, shape, at);
       return at;
     };
+    const auto make = [&](std::size_t i, const View& shape) { return make_as(wide, i, shape); };
     for (std::size_t i = 0; i < count; ++i) results[i] = py::none();
-    const View to_x = need(0) ? make(0, in.x) : View();
+    const View to_x = need(0) ? make_as(outer, 0, in.x) : View();
     const bool need_state = (in.h && need(1)) || (in.c && need(2));
     const View to_h = need_state ? make(1, h_shape) : View();
     const View to_c = need_state && in.c ? make(2, c_shape) : View();
@@ -220,19 +224,27 @@ class Verbs {
                             {in.h.at<const S>(), in.c.at<const S>()},
                             sequence<E>(in, y_at),
                             {}};
-      const Reverse<S> grad{tape_at.at<const S>(),
-                            sequence<const S>(in, grad_y_at),
-                            {grad_h_at.at<const S>(), grad_c_at.at<const S>()},
-                            sequence<S>(in, to_x),
-                            grad_initial,
-                            frozen.get()};
-      in_session<E>(in, threads, [&](Session<E>& session, Interrupt interrupt) {
-        session.reverse(call, grad, interrupt);
-        session.finish(to.data());
-      });
+      const auto reverse = [&](auto grad_type) {
+        using G = decltype(grad_type);
+        const Reverse<S, G> grad{tape_at.at<const S>(),
+                                 sequence<const G>(in, grad_y_at),
+                                 {grad_h_at.at<const S>(), grad_c_at.at<const S>()},
+                                 sequence<G>(in, to_x),
+                                 grad_initial,
+                                 frozen.get()};
+        in_session<E>(in, threads, [&](Session<E>& session, Interrupt interrupt) {
+          session.reverse(call, grad, interrupt);
+          session.finish(to.data());
+        });
+      };
+      if constexpr (std::is_same_v<E, Bfloat16>) {
+        if (narrow) return reverse(Bfloat16{});
+      }
+      reverse(S{});
     });
     for (std::size_t i = 0; i < count; ++i) {
-      if (!results[i].is_none()) results[i] = cast(results[i], wide, in.given[i]);
+      const Dtype own = i == 0 ? outer : wide;
+      if (!results[i].is_none()) results[i] = cast(results[i], own, in.given[i]);
     }
     return results;
   }

@@ -109,12 +109,13 @@ struct Forward {
 //   grad_initial  [L*D, B, H], written
 //   grad_cells  [n, B, D*H], data null: zeros
 //   frozen  one a layer, whether its weight gradients are left out; null: none are
-template <class S>
+// G is the type of grad_y and grad_x: S, or Bfloat16 where x is that, and grad_x is then rounded.
+template <class S, class G = S>
 struct Reverse {
   const S* tape;
-  Sequence<const S> grad_y;
+  Sequence<const G> grad_y;
   State<const S> grad_final;
-  Sequence<S> grad_x;
+  Sequence<G> grad_x;
   State<S> grad_initial;
   const bool* frozen = nullptr;
   Sequence<const S> grad_cells{};
@@ -126,7 +127,7 @@ struct Reverse {
 // does not change a bit, as long as it is reversed from its end to its beginning. Memory is taken
 // when a verb first needs it. The weights must stay where and as they are. One call at a time;
 // after an Interrupted the gradients are lost. With x, y and weights in bfloat16 all arithmetic and
-// all gradients are float's, as if h were not rounded.
+// the gradients of weights and states are float's, as if h were not rounded.
 template <class E>
 class Session {
  public:
@@ -146,7 +147,8 @@ class Session {
   // y, the final state, and the tape.
   void record(const Forward<E>& run, S* tape, Interrupt interrupt = {});
   // grad_x and grad_initial; gathers the weight gradients.
-  void reverse(const Forward<E>& run, const Reverse<S>& grad, Interrupt interrupt = {});
+  template <class G = S>
+  void reverse(const Forward<E>& run, const Reverse<S, G>& grad, Interrupt interrupt = {});
   // Writes the weight gradients that were gathered, one a layer, or adds them to what is there;
   // null biases and learned states are skipped, and layers with a null w_ih. Once, at the end.
   void finish(const Weights<S>* grad_weights, bool add = false);

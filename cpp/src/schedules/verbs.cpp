@@ -10,8 +10,9 @@
 //
 // The kernels know no bfloat16 but in their tape. Where x and y are that, and between the layers
 // too, a chunk of x is widened before a kernel reads it, and y narrowed behind the one that wrote
-// it. Rows of x and y that lie unevenly in the caller's memory are copied in the same places. What
-// is as long as the sequence exists in bfloat16 alone.
+// it, and dL/dy and dL/dx alike. Rows of x and y that lie unevenly in the caller's memory are
+// copied in the same places. What is as long as the sequence exists in bfloat16 alone, but for a
+// dL/dx to which two directions add.
 #include <algorithm>
 #include <atomic>
 #include <memory>
@@ -238,8 +239,7 @@ S widened(S value) {
   return value;
 }
 
-// n values to where another type stands for them. Narrowed are only those that bfloat16 has, as the
-// kernels round what they write.
+// n values to where another type stands for them, rounded to nearest.
 template <class S>
 void copy_values(const S* from, Index n, S* to) {
   std::copy_n(from, n, to);
@@ -971,7 +971,8 @@ struct Session<E>::Data {
     end_state(state, run.final);
   }
 
-  void reverse(const Forward<E>& run, const Reverse<S>& grad, Interrupt interrupt) {
+  template <class G>
+  void reverse(const Forward<E>& run, const Reverse<S, G>& grad, Interrupt interrupt) {
     const Blocks blocks = lengths.blocks(run.begin, run.begin + run.steps);
     const bool learned = learns_state() && !run.initial.h;
     const OwnState state = begin_state(grad.grad_final, grad.grad_initial);
@@ -989,12 +990,21 @@ struct Session<E>::Data {
     if (learned) gather_learned(grad.grad_initial);
   }
 
-  void reverse_blocks(const Forward<E>& run, const Reverse<S>& grad, const Blocks& blocks,
+  template <class G>
+  void reverse_blocks(const Forward<E>& run, const Reverse<S, G>& grad, const Blocks& blocks,
                       const State<const S>& initial, const State<S>& state, Interrupt interrupt) {
+    constexpr bool narrow_grads = !std::is_same_v<G, S>;
     const Index L = shape.num_layers, D = shape.directions, R = shape.output_size();
     ReverseMemory<S>& memory = ready_reverse();
     const TapeLayout<const S, const E> layout{shape, blocks, ragged()};
     const Buffer<S> between(D == 2 && L > 1 ? 2 * blocks.rows * y_width() : 0);
+    // Where the caller's are narrow, of each part a chunk of dL/dy and of dL/dx; but all of dL/dx
+    // where another direction adds to it.
+    const bool wants_x = narrow_grads && grad.grad_x.data;
+    const Index wide_columns =
+        narrow_grads ? y_width() + (wants_x && D == 1 ? shape.input_size : 0) : 0;
+    const Buffer<S> wide_chunks(static_cast<Index>(parts.size()) * capacity * wide_columns);
+    const Buffer<S> wide_x(wants_x && D == 2 ? blocks.rows * shape.input_size : 0);
     StopFlag stop(interrupt);
     run_split(split, [&](int p, const Team& team) {
       const Walk w{run, blocks, parts[p], p, team};
@@ -1033,14 +1043,27 @@ struct Session<E>::Data {
         const Whose whose = top ? Whose::callers : Whose::own;
         const Sequence<const E> y = top ? outside(w, c, read_only(run.y))
                                         : inside(w, c, layout.y(grad.tape, l), y_width(), 0);
-        const Sequence<const S> grad_y = top ? outside(w, c, grad.grad_y) : read_only(middle(l, c));
         job.y = own_columns(y, whose, job.first ? 0 : -1, R, memory.arena.at(memory.y[p]));
         const Index* const places = even ? nullptr : &marks.rows[w.part.begin];
-        job.grad_y = {directed(columns_of(grad_y, R), n, d), top ? places : nullptr};
+        S* const chunks = wide_chunks.data() + p * capacity * wide_columns;
+        const auto grad_y_of_top = [&]() -> PlacedSequence<const S> {
+          const Sequence<const G> all = outside(w, c, grad.grad_y);
+          if constexpr (!narrow_grads) return {directed(columns_of(all, R), n, d), places};
+          return {all.data ? own_columns(all, whose, 0, R, chunks) : Sequence<const S>{}};
+        };
+        job.grad_y =
+            top ? grad_y_of_top()
+                : PlacedSequence<const S>{directed(columns_of(read_only(middle(l, c)), R), n, d)};
         job.tape = kernel_tape(w, c, layout, grad.tape, k, d);
         const Index columns = shape.layer(k).input_size;
-        const PlacedSequence<S> wanted{l == 0 ? outside(w, c, grad.grad_x) : middle(l - 1, c),
-                                       l == 0 ? places : nullptr};
+        const auto grad_x_of_first = [&]() -> PlacedSequence<S> {
+          if constexpr (!narrow_grads) return {outside(w, c, grad.grad_x), places};
+          if (!wants_x) return {};
+          if (D == 2) return {inside(w, c, wide_x.data(), columns, 0)};
+          return {Sequence<S>{chunks + capacity * y_width(), c.rows * columns, columns}};
+        };
+        const PlacedSequence<S> wanted =
+            l == 0 ? grad_x_of_first() : PlacedSequence<S>{middle(l - 1, c)};
         const bool aside = wanted.data && d == 1;
         if (aside) {
           job.grad_x = {{memory.arena.at(memory.grad_x[p]), c.rows * columns, columns}};
@@ -1070,16 +1093,21 @@ struct Session<E>::Data {
         gathered = gathered || job.weights;
         // Where all directions have come to it, the dropout of the layer below.
         const bool dropping = drops && l > 0 && d == D - 1;
-        if (!aside && !dropping) return;
-        each(team, n * c.rows, [&](Index i) {
-          const Index s = i / c.rows, j = i % c.rows, t = d == 0 ? s : n - 1 - s;
-          S* const to = wanted.at(t, j);
-          if (aside) {
-            const S* const more = job.grad_x.at(s, j);
-            for (Index f = 0; f < columns; ++f) to[f] += more[f];
-          }
-          if (dropping) multiply(columns, mask + (t * c.rows + j) * columns, to, to);
-        });
+        if (aside || dropping) {
+          each(team, n * c.rows, [&](Index i) {
+            const Index s = i / c.rows, j = i % c.rows, t = d == 0 ? s : n - 1 - s;
+            S* const to = wanted.at(t, j);
+            if (aside) {
+              const S* const more = job.grad_x.at(s, j);
+              for (Index f = 0; f < columns; ++f) to[f] += more[f];
+            }
+            if (dropping) multiply(columns, mask + (t * c.rows + j) * columns, to, to);
+          });
+        }
+        if constexpr (narrow_grads) {
+          if (l > 0 || d < D - 1 || !wants_x) return;
+          scatter(w, c, Whose::callers, wanted, 0, columns, 0, outside(w, c, grad.grad_x));
+        }
       });
     });
     stop.raise();
@@ -1128,7 +1156,8 @@ void Session<E>::record(const Forward<E>& run, S* tape, Interrupt interrupt) {
 }
 
 template <class E>
-void Session<E>::reverse(const Forward<E>& run, const Reverse<S>& grad, Interrupt interrupt) {
+template <class G>
+void Session<E>::reverse(const Forward<E>& run, const Reverse<S, G>& grad, Interrupt interrupt) {
   data_->reverse(run, grad, interrupt);
 }
 
@@ -1206,5 +1235,11 @@ template void copy_tape_step(const StackShape&, Index, const double*, double*, I
 template class Session<float>;
 template class Session<double>;
 template class Session<Bfloat16>;
+template void Session<float>::reverse(const Forward<float>&, const Reverse<float>&, Interrupt);
+template void Session<double>::reverse(const Forward<double>&, const Reverse<double>&, Interrupt);
+template void Session<Bfloat16>::reverse(const Forward<Bfloat16>&, const Reverse<float>&,
+                                         Interrupt);
+template void Session<Bfloat16>::reverse(const Forward<Bfloat16>&, const Reverse<float, Bfloat16>&,
+                                         Interrupt);
 
 }  // namespace fastbptt
