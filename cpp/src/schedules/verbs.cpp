@@ -740,7 +740,9 @@ struct Session<E>::Data {
                              S* to) const {
     const Sequence<const T> own = directed(all, c.steps(), d);
     const auto at = [&](Index s, Index j) { return own.at(from + s, row_in(w, whose, j)); };
+    const bool dense = !uneven(w, whose) && own.row == columns;
     each(w.team, c.steps() - from, [&](Index s) {
+      if (dense) return copy_values(at(s, 0), c.rows * columns, to + s * c.rows * columns);
       for (Index j = 0; j < c.rows; ++j) {
         if (uneven(w, whose)) fetch_ahead(s, j, c.rows, c.steps() - from, columns, at);
         copy_values(at(s, j), columns, to + (s * c.rows + j) * columns);
@@ -754,7 +756,9 @@ struct Session<E>::Data {
                Index columns, Index first, const Sequence<T>& all) const {
     const Sequence<T> to = directed(all, c.steps(), d);
     const auto at = [&](Index s, Index j) { return to.at(s, row_in(w, whose, j)) + first; };
+    const bool dense = !uneven(w, whose) && from.row == columns && to.row == columns;
     each(w.team, c.steps(), [&](Index s) {
+      if (dense) return copy_values(from.at(s), c.rows * columns, at(s, 0));
       for (Index j = 0; j < c.rows; ++j) {
         if (uneven(w, whose)) fetch_ahead(s, j, c.rows, c.steps(), columns, at);
         copy_values(from.at(s, j), columns, at(s, j));
