@@ -235,12 +235,12 @@ class ReverseLayer {
   static constexpr auto nothing_wanted = [](auto&&, Index, Index, Index) {};
 
   // For every panel of output columns, from the last to the first where a step turns back, and tile
-  // of rows: start(sums, R, row, Q, panel); then rows [row, row + n) of the factor times the
-  // weights; then end(the same). Without the product if weights is null. wants(fetches, row, Q,
-  // panel) says what `end` is going to read.
-  template <class Start, class End, class Wants = decltype(nothing_wanted)>
+  // of rows: rows of `carry`, null: zeros, and rows [row, row + n) of the factor times the weights;
+  // then end(sums, R, row, Q, panel). Without the product if weights is null. wants(fetches, row,
+  // Q, panel) says what `end` is going to read.
+  template <class End, class Wants = decltype(nothing_wanted)>
   FASTBPTT_INLINE void product(const Factor& factor, bool split, Index row, Index n,
-                               const S* weights, Index columns, Start&& start, End&& end,
+                               const S* weights, Index columns, const S* carry, End&& end,
                                const Wants& wants = nothing_wanted) const {
     const Index J = factor.panels, step = factor.step;
     const Index panels = Panels<S, Cell>::reverse_panels(columns);
@@ -249,7 +249,7 @@ class ReverseLayer {
     const bool turns = turns_back(n, tile_rows(4), bytes) || Parts::are_large(job_.shape);
     const bool back = split && turns && row / n % 2 == 1;
     const bool in_parts = weights && parts_.used() && factor.parts != PartsOf::none;
-    if (in_parts) product_in_parts(factor.parts, back, row, n, columns, start, end);
+    if (in_parts) product_in_parts(factor.parts, back, row, n, columns, carry, end);
     for (Index k = from; k < to; ++k) {
       const Index panel = back ? from + to - 1 - k : k;
       const Index Q = Panels<S, Cell>::reverse_packets(columns, panel);
@@ -270,7 +270,7 @@ class ReverseLayer {
             if (i == passes - 1) {
               R > 1 ? wants(soon, at, Q, panel) : wants(FetchNow{}, at, Q, panel);
             }
-            if (i == 0) start(sums, R, at, Q, panel);
+            if (i == 0) start(sums, R, at, Q, panel, columns, carry);
             if (w) {
               multiply_grads(factor, split, R, Q, sums, row + at, begin, stop, w, at,
                              i == passes - 1 ? next : nullptr, soon);
@@ -293,9 +293,10 @@ class ReverseLayer {
   // The same for the steps whose products are made of parts: the gate gradients in pieces that stay
   // in the second cache, as all panels meet a piece before the next. What ends a single step, its
   // cells, goes row by row, as what they read lies in memory.
-  template <class Start, class End>
+  template <class End>
   FASTBPTT_INLINE void product_in_parts(PartsOf which, bool back, Index row, Index n, Index columns,
-                                        Start&& start, End&& end) const {
+                                        const S* carry, End&& end) const {
+    alignas(64) static constexpr S zero[4 * p] = {};
     const Index B = job_.batch, panels = Panels<S, Cell>::reverse_panels(columns);
     const Index from = job_.team.begin(panels), to = job_.team.end(panels);
     const Index depth = parts_.depth(which), piece = parts_.depth_at_once(which, n);
@@ -308,8 +309,8 @@ class ReverseLayer {
           const Index t = (row + first) / B;
           if (!parts_.fits(which, t)) continue;
           S* const sums = sums_ + ((panel - from) * n + first) * 4 * p;
-          if (k == 0) start(sums, B, first, Q, panel);
-          parts_.multiply(which, t, panel, Q, sums, k, stop);
+          if (k == 0 && carry) start(sums, B, first, Q, panel, columns, carry);
+          parts_.multiply(which, t, panel, Q, sums, k == 0 && !carry ? zero : nullptr, k, stop);
           if (stop == depth && n > B) end(sums, B, first, Q, panel);
         }
       }
@@ -319,6 +320,18 @@ class ReverseLayer {
       for (Index panel = from; panel < to; ++panel) {
         const Index Q = Panels<S, Cell>::reverse_packets(columns, panel);
         end(sums_ + ((panel - from) * B + b) * 4 * p, 1, b, Q, panel);
+      }
+    }
+  }
+
+  static void start(S* sums, Index R, Index row, Index Q, Index panel, Index columns,
+                    const S* carry) {
+    for (Index r = 0; r < R; ++r, sums += 4 * p) {
+      for (Index q = 0; q < Q; ++q) {
+        const Index first = (panel * 4 + q) * p;
+        store(sums + q * p, carry ? load(carry + (row + r) * columns + first,
+                                         Panels<S, Cell>::valid(columns, first))
+                                  : constant<S>(0));
       }
     }
   }
@@ -389,15 +402,6 @@ class ReverseLayer {
     return job_.initial.h ? job_.initial.h + b * panels_.R : zeros_;
   }
 
-  // What comes back past the weights, or zero.
-  void start_h(S* sums, Index Q, Index panel, const S* carry) const {
-    for (Index q = 0; q < Q; ++q) {
-      const Index first = (panel * 4 + q) * p;
-      store(sums + q * p,
-            carry ? load(carry + first, panels_.valid(panels_.R, first)) : constant<S>(0));
-    }
-  }
-
   // What the cells of the rows from b on read of a panel's units.
   template <class To>
   FASTBPTT_INLINE void add_units(Index t, Index b, Index Q, Index panel, To&& soon) const {
@@ -441,12 +445,7 @@ class ReverseLayer {
     const bool last = t == job_.steps - 1;  // then grad_state holds all that comes back
     product(
         gates(h_range<Cell>), true, (t + 1) * B, B, last ? nullptr : job_.packed, K,
-        [&](S* sums, Index R, Index b, Index Q, Index panel) {
-          for (Index r = 0; r < R; ++r) {
-            start_h(sums + r * 4 * p, Q, panel,
-                    last || starts_with_carry() ? job_.grad_state.h + (b + r) * K : nullptr);
-          }
-        },
+        last ? job_.grad_state.h : carry(),
         [&](S* sums, Index R, Index b, Index Q, Index panel) {
           for (Index r = 0; r < R; ++r) {
             if (parts_.used()) fetch_cells(t - 1, b + r + rows_ahead, Q, panel);
@@ -600,38 +599,35 @@ class ReverseLayer {
     }
   }
   // With recurrent dropout the product comes first, as the carry is not multiplied.
-  bool starts_with_carry() const { return carries_h_ && !options_.recurrent_mask; }
+  const S* carry() const {
+    return carries_h_ && !options_.recurrent_mask ? job_.grad_state.h : nullptr;
+  }
 
   static void restart_gradient(S* to, Index first, const Packet<S>& grad, Index n) {
     if (to) store(to + first, padd(load(to + first, n), grad), n);
   }
 
-  static void start_zero(S* sums, Index R) {
-    for (Index i = 0; i < R * 4; ++i) store(sums + i * p, constant<S>(0));
-  }
-
   // Back through the second product, and through what of the cell lies before it.
   void second_step(Index t) {
-    product(
-        second_sums(), true, t * job_.batch, job_.batch, job_.packed + second_offset(panels_),
-        panels_.H, [](S* sums, Index R, Index, Index, Index) { start_zero(sums, R); },
-        [&](const S* sums, Index R, Index b, Index Q, Index panel) {
-          for (Index r = 0; r < R; ++r)
-            for (Index q = 0; q < Q; ++q) {
-              const Packet<S> grad = load(sums + (r * 4 + q) * p);
-              const ReverseUnit<S> u = unit(t, b + r, panel * 4 + q);
-              const Index first = (panel * 4 + q) * p;
-              if constexpr (normalised) {
-                store(norm_grad_h(b + r) + first, grad);
-              } else if constexpr (Cell::second == Second::projection) {
-                optioned_ ? projected_optioned(t, b + r, grad, u, first) : Cell::backward(grad, u);
-              } else if (optioned_) {
-                OptionedCell<S, Cell>::backward_gates(grad, u, view_.unit(t, b + r, first));
-              } else {
-                Cell::backward_gates(grad, u);
-              }
-            }
-        });
+    product(second_sums(), true, t * job_.batch, job_.batch, job_.packed + second_offset(panels_),
+            panels_.H, nullptr, [&](const S* sums, Index R, Index b, Index Q, Index panel) {
+              for (Index r = 0; r < R; ++r)
+                for (Index q = 0; q < Q; ++q) {
+                  const Packet<S> grad = load(sums + (r * 4 + q) * p);
+                  const ReverseUnit<S> u = unit(t, b + r, panel * 4 + q);
+                  const Index first = (panel * 4 + q) * p;
+                  if constexpr (normalised) {
+                    store(norm_grad_h(b + r) + first, grad);
+                  } else if constexpr (Cell::second == Second::projection) {
+                    optioned_ ? projected_optioned(t, b + r, grad, u, first)
+                              : Cell::backward(grad, u);
+                  } else if (optioned_) {
+                    OptionedCell<S, Cell>::backward_gates(grad, u, view_.unit(t, b + r, first));
+                  } else {
+                    Cell::backward_gates(grad, u);
+                  }
+                }
+            });
   }
 
   __attribute__((noinline)) void projected_optioned(Index t, Index b, const Packet<S>& grad,
@@ -643,33 +639,24 @@ class ReverseLayer {
   // dL/dh before the first step of the run.
   void finish_state() {
     const Index K = panels_.R;
-    product(
-        gates(h_range<Cell>), true, 0, job_.batch, job_.packed, K,
-        [&](S* sums, Index R, Index b, Index Q, Index panel) {
-          for (Index r = 0; r < R; ++r) {
-            start_h(sums + r * 4 * p, Q, panel,
-                    starts_with_carry() ? job_.grad_state.h + (b + r) * K : nullptr);
-          }
-        },
-        [&](S* sums, Index R, Index b, Index Q, Index panel) {
-          for (Index r = 0; r < R; ++r) {
-            if (optioned_) came_back(0, b + r, Q, panel, sums + r * 4 * p);
-            write_row(sums + r * 4 * p, Q, panel, K, job_.grad_state.h + (b + r) * K);
-          }
-        });
+    product(gates(h_range<Cell>), true, 0, job_.batch, job_.packed, K, carry(),
+            [&](S* sums, Index R, Index b, Index Q, Index panel) {
+              for (Index r = 0; r < R; ++r) {
+                if (optioned_) came_back(0, b + r, Q, panel, sums + r * 4 * p);
+                write_row(sums + r * 4 * p, Q, panel, K, job_.grad_state.h + (b + r) * K);
+              }
+            });
   }
 
   void input_gradient() {
-    product(
-        gates(x_range<Cell>), false, 0, rows_, job_.packed + x_offset(job_.shape), panels_.I,
-        [](S* sums, Index R, Index, Index, Index) { start_zero(sums, R); },
-        [&](const S* sums, Index R, Index row, Index Q, Index panel) {
-          Index t = row / job_.batch, b = row % job_.batch;
-          for (Index r = 0; r < R; ++r) {
-            write_row(sums + r * 4 * p, Q, panel, panels_.I, job_.grad_x.at(t, b));
-            if (++b == job_.batch) b = 0, ++t;
-          }
-        });
+    product(gates(x_range<Cell>), false, 0, rows_, job_.packed + x_offset(job_.shape), panels_.I,
+            nullptr, [&](const S* sums, Index R, Index row, Index Q, Index panel) {
+              Index t = row / job_.batch, b = row % job_.batch;
+              for (Index r = 0; r < R; ++r) {
+                write_row(sums + r * 4 * p, Q, panel, panels_.I, job_.grad_x.at(t, b));
+                if (++b == job_.batch) b = 0, ++t;
+              }
+            });
   }
 
   static void write_row(const S* sums, Index Q, Index panel, Index columns, S* row) {

@@ -37,7 +37,7 @@ class ReverseParts {
   template <class Grads>
   void split_grads(Index, Grads&&) {}
   bool fits(PartsOf, Index) const { return false; }
-  void multiply(PartsOf, Index, Index, Index, S*, Index, Index) const {}
+  void multiply(PartsOf, Index, Index, Index, S*, const S*, Index, Index) const {}
   Index depth(PartsOf) const { return 0; }
   Index depth_at_once(PartsOf, Index) const { return 1; }
   static bool are_large(const LayerShape&) { return false; }
@@ -161,14 +161,15 @@ class ReverseParts<S, Cell, true> {
     for (Index u = 0; u < count; ++u) span.add(spans_[t * count + u]);
     return fit(span, PartPanels::span(which == PartsOf::h ? packed_ : packed_x()));
   }
-  // Of the gate gradients only [begin, end), where a tile begins.
-  void multiply(PartsOf which, Index t, Index panel, Index Q, S* sums, Index begin,
+  // Of the gate gradients only [begin, end), where a tile begins; from `start` on, the same for all
+  // rows, or from what the sums are.
+  void multiply(PartsOf which, Index t, Index panel, Index Q, S* sums, const S* start, Index begin,
                 Index end) const {
     const bool of_h = which == PartsOf::h;
     const Index first = Cell::wide ? 0 : (of_h ? Cell::h_first : Cell::x_first) * units(panels_);
     (of_h ? w_hh_ : w_ih_)
         .multiply(*job_.products, job_.batch, grads_ + t * step() + first * part_rows * parts(),
-                  rows(), of_h ? packed_ : packed_x(), panel, Q, sums, 4 * p, nullptr, begin, end);
+                  rows(), of_h ? packed_ : packed_x(), panel, Q, sums, 4 * p, start, begin, end);
   }
 
   // Values of a row that the weights are multiplied by; and so many of them that those of `rows`
