@@ -653,6 +653,9 @@ class ReverseLayer {
             nullptr, [&](const S* sums, Index R, Index row, Index Q, Index panel) {
               Index t = row / job_.batch, b = row % job_.batch;
               for (Index r = 0; r < R; ++r) {
+                if (parts_.used() && b + rows_ahead < job_.batch) {
+                  fetch(job_.grad_x.at(t, b + rows_ahead) + panel * 4 * p, Q * p);
+                }
                 write_row(sums + r * 4 * p, Q, panel, panels_.I, job_.grad_x.at(t, b));
                 if (++b == job_.batch) b = 0, ++t;
               }
