@@ -132,9 +132,7 @@ class FreeBlocks {
     const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
     if (!lock) return nullptr;
     const bool large = bytes >= large_block;
-    const std::size_t most = !large        ? std::min(slack * bytes, large_block - 1)
-                             : knows_sizes ? 2 * bytes
-                                           : bytes;
+    const std::size_t most = large ? most_for(bytes) : std::min(slack * bytes, large_block - 1);
     Block* best = nullptr;
     for (Block& block : blocks_) {
       if (!block.data || block.bytes < bytes || block.bytes > most) continue;
@@ -192,6 +190,9 @@ class FreeBlocks {
     std::size_t put = 0;
   };
 
+  // What a large block may have that is taken for so many bytes.
+  static std::size_t most_for(std::size_t bytes) { return knows_sizes ? 2 * bytes : bytes; }
+
   void* remove(Block& block) noexcept {
     bytes_ -= block.bytes;
     if (block.bytes < large_block) small_ -= block.bytes;
@@ -209,12 +210,27 @@ class FreeBlocks {
     }
     return puts_ - oldest->put > 4 * blocks_.size() ? *oldest : *newest;
   }
+  // The largest large block in whose place another that lies here could be taken; or null.
+  Block* largest_spare() noexcept {
+    Block* best = nullptr;
+    for (Block& block : blocks_) {
+      if (block.bytes < large_block || (best && block.bytes <= best->bytes)) continue;
+      for (const Block& other : blocks_) {
+        const bool serves = other.bytes >= block.bytes && other.bytes <= most_for(block.bytes);
+        if (&other != &block && serves) best = &block;
+      }
+    }
+    return best;
+  }
   void shrink() noexcept {
     const std::size_t used = live.load(std::memory_order_relaxed);
     const std::size_t most = most_ever.load(std::memory_order_relaxed);
     const std::size_t held = small_held.load(std::memory_order_relaxed);
     while (small_ > 0 && held + small_ > small_limit()) std::free(remove(victim(large_block)));
-    while (bytes_ > 0 && used + bytes_ > most + most / 2) std::free(remove(victim()));
+    while (bytes_ > 0 && used + bytes_ > most + most / 2) {
+      Block* const spare = largest_spare();
+      std::free(remove(spare ? *spare : victim()));
+    }
   }
 
   std::mutex mutex_;
