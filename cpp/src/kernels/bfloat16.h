@@ -48,10 +48,11 @@ FASTBPTT_INLINE Packet<float> load(const Bfloat16* from) {
   // The compiler would widen its vector by halves.
   const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16));
-#endif
+#else
   Bfloat16Vector bits;
   std::memcpy(&bits, from, sizeof bits);
   return widened(__builtin_convertvector(bits, BitsVector));
+#endif
 }
 
 // The first n <= lanes values, as of float.
