@@ -1,8 +1,11 @@
 #include "dispatch/dispatch.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
+#include <string>
+#include <vector>
 
 #ifdef FASTBPTT_HAS_avx512
 #include <cpuid.h>
@@ -103,13 +106,28 @@ const Isa isas[] = {
     {"baseline", &baseline::table, &baseline::online_table, nullptr, [] { return true; }},
 };
 
+// Those of this machine, best first.
+std::vector<const Isa*> supported() {
+  std::vector<const Isa*> found;
+  for (const Isa& isa : isas) {
+    if (isa.supported()) found.push_back(&isa);
+  }
+#ifdef FASTBPTT_HAS_avx512_bf16
+  // With Intel's vectors a step of bfloat16 takes 1.6 times as long as one of float32.
+  const auto at = std::find_if(found.begin(), found.end(), [](const Isa* isa) {
+    return isa->products == &avx512_bf16::part_products;
+  });
+  if (__builtin_cpu_is("intel") && found.end() - at > 1) std::iter_swap(at, at + 1);
+#endif
+  return found;
+}
+
 const Isa& choose() {
   const char* forced = std::getenv("FASTBPTT_ISA");
   std::string available;
-  for (const Isa& isa : isas) {
-    if (!isa.supported()) continue;
-    if (!forced || !*forced || std::string(forced) == isa.name) return isa;
-    available += (available.empty() ? "" : ", ") + std::string(isa.name);
+  for (const Isa* isa : supported()) {
+    if (!forced || !*forced || std::string(forced) == isa->name) return *isa;
+    available += (available.empty() ? "" : ", ") + std::string(isa->name);
   }
   throw std::invalid_argument("FASTBPTT_ISA: got '" + std::string(forced) +
                               "', wanted one that this machine and build have: " + available);
@@ -145,10 +163,8 @@ CpuInfo cpu_info() {
   CpuInfo info;
   info.isa = chosen().name;
   info.vector_bytes = kernels().vector_bytes;
-  for (const Isa& isa : isas) {
-    info.built.push_back(isa.name);
-    if (isa.supported()) info.available.push_back(isa.name);
-  }
+  for (const Isa& isa : isas) info.built.push_back(isa.name);
+  for (const Isa* isa : supported()) info.available.push_back(isa->name);
   return info;
 }
 
